@@ -1,0 +1,1 @@
+"""The `hardkv` command: `main.py` dispatches, one file per subcommand."""

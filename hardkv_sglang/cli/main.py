@@ -1,0 +1,35 @@
+"""Entry point of the `hardkv` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hardkv_sglang.cli import model
+
+# each offers add_parser(subparsers) and run(args) -> exit status; heavy imports belong inside run()
+SUBCOMMANDS = (model,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("hardkv: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser with one subparser per subcommand."""
+    parser = argparse.ArgumentParser(prog="hardkv", description="Tools of HARD-KV for SGLang.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for subcommand in SUBCOMMANDS:
+        subcommand.add_parser(subparsers)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

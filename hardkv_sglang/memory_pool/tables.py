@@ -1,0 +1,73 @@
+"""Per-request device tables: what decode attention and the events read, indexed by `req_pool_idx`.
+
+Every table is written on the forward stream only, by `events.py` (tiers, temperatures) and by the decode
+backend (observation rings). Row 0 pads CUDA-graph batches: its lists stay empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from hardkv_sglang.config import ResolvedConfig
+
+
+@dataclass(frozen=True)
+class DeviceTables:
+    """R rows, L layers, H KV heads, W observation queries.
+
+    A row's tokens: dense `[0, prefix_end)`, condensed, sparse, dense `[recent_start, seq_len)`. An
+    uncompressed row has `prefix_end = recent_start = 0`, so its dense tier is the whole sequence.
+    """
+
+    prefix_end: torch.Tensor  # [R] int32, end of the dense prefix (position)
+    recent_start: torch.Tensor  # [R] int32, start of the recent window (position)
+    num_condensed: torch.Tensor  # [L, R, H] int32, tokens in the condensed list
+    first_page: torch.Tensor  # [L, R, H] int32, first head page of the list in the row's head-page sequence
+    condensed_pages: torch.Tensor  # [R, P] int32, token pages that hold the row's head-page sequence
+    condensed_keep: torch.Tensor  # [L, R, H, C] bool, condensed tokens that survive the next condense event
+    num_sparse: torch.Tensor  # [L, R, H] int32, tokens in the sparse list
+    sparse_positions: torch.Tensor  # [L, R, H, S] int32, ascending positions; slot = req_to_token[row, position]
+    temperature: torch.Tensor  # [L, R, H] float32, calibrated temperature of the metric
+    query_ring: torch.Tensor  # [L, R, W, num_q_heads, head_dim], decode queries (after RoPE) at position % W
+    lse2_ring: torch.Tensor  # [L, R, W, num_q_heads] float32, base-2 LSE over all attended tokens
+    observe_from: torch.Tensor  # [R] int32, first position whose query the backend must record
+
+    @classmethod
+    def allocate(cls, cfg: ResolvedConfig, dtype: torch.dtype, device: torch.device | str) -> DeviceTables:
+        """Allocate all tables, empty; `dtype` is that of the queries."""
+        L, H, R = cfg.layout.num_layers, cfg.layout.num_kv_heads, cfg.num_rows
+        W, HQ, D = cfg.options.query_window, cfg.num_q_heads, cfg.layout.head_dim
+
+        def zeros(*shape: int, kind: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
+
+        return cls(
+            prefix_end=zeros(R),
+            recent_start=zeros(R),
+            num_condensed=zeros(L, R, H),
+            first_page=zeros(L, R, H),
+            condensed_pages=zeros(R, cfg.max_condensed_pages),
+            condensed_keep=zeros(L, R, H, cfg.max_condensed_tokens, kind=torch.bool),
+            num_sparse=zeros(L, R, H),
+            sparse_positions=zeros(L, R, H, cfg.max_sparse_span),
+            temperature=zeros(L, R, H, kind=torch.float32),
+            query_ring=zeros(L, R, W, HQ, D, kind=dtype),
+            lse2_ring=zeros(L, R, W, HQ, kind=torch.float32),
+            observe_from=torch.full((R,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device),
+        )
+
+    def reset(self, rows: torch.Tensor) -> None:
+        """Make `rows` ([N] int64) uncompressed again, in place."""
+        self.prefix_end[rows] = 0
+        self.recent_start[rows] = 0
+        self.num_condensed[:, rows] = 0
+        self.num_sparse[:, rows] = 0
+        self.observe_from[rows] = torch.iinfo(torch.int32).max
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of all tables, in bytes."""
+        tensors = [getattr(self, f.name) for f in fields(self)]
+        return sum(t.numel() * t.element_size() for t in tensors)

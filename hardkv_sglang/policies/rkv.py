@@ -1,0 +1,11 @@
+"""R-KV with its own budget: the same number of tokens for every KV head."""
+
+from __future__ import annotations
+
+from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.policies.uniform import UniformPolicy
+
+
+def rkv_policy(options: HardKVConfig) -> UniformPolicy:
+    """Keep `uniform_tokens` candidates by attention minus redundancy (R-KV, arXiv 2505.24133)."""
+    return UniformPolicy(options, metric="rkv")

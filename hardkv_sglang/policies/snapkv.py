@@ -1,0 +1,11 @@
+"""SnapKV with its own budget: the same number of tokens for every KV head."""
+
+from __future__ import annotations
+
+from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.policies.uniform import UniformPolicy
+
+
+def snapkv_policy(options: HardKVConfig) -> UniformPolicy:
+    """Keep `uniform_tokens` candidates by pooled attention (SnapKV, arXiv 2404.14469)."""
+    return UniformPolicy(options, metric="snapkv")

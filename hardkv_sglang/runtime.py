@@ -1,0 +1,190 @@
+"""One rank's compression state, and what it does at each seam of the scheduler. Hooks only forward to it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from hardkv_sglang import compat
+from hardkv_sglang.admission import MEASURED_AFTER, PRIOR_KEPT_FRACTION, FootprintEstimator
+from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.events import EventExecutor, SelectReport
+from hardkv_sglang.lifecycle import LifecyclePlanner, ObserveOp, RequestState, StepPlan
+from hardkv_sglang.memory_pool.integrity import check_ownership
+from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.overrides import is_opted_out
+from hardkv_sglang.statistics import RequestReport, Statistics
+
+logger = logging.getLogger(__name__)
+
+
+class HardKVRuntime:
+    """Created before the scheduler, attached once the model and its pool exist."""
+
+    cfg: ResolvedConfig
+    tables: DeviceTables
+    planner: LifecyclePlanner
+    executor: EventExecutor
+    footprint: FootprintEstimator
+
+    def __init__(self, options: HardKVConfig) -> None:
+        self.options = options
+        self.statistics = Statistics()
+        self.states: dict[str, RequestState] = {}  # by request id: running requests that decode under HARD-KV
+        self.pending: list[StepPlan] = []  # planned by the scheduler, not yet launched
+
+    def attach(self, model_runner: Any) -> None:
+        """Allocate tables and take over decode attention. Call before CUDA graphs are captured."""
+        from hardkv_sglang.backend import install_backend
+
+        pool, layout = model_runner.token_to_kv_pool, model_runner.token_to_kv_pool.head_page_layout
+        req_to_token = model_runner.req_to_token_pool.req_to_token
+        attention = compat.attention_layers(model_runner.model)[0]
+        self.cfg = ResolvedConfig(
+            options=self.options,
+            layout=layout,
+            num_q_heads=attention.tp_q_head_num,
+            softmax_scale=attention.scaling,
+            num_rows=req_to_token.shape[0],
+            max_context_len=model_runner.model_config.context_len,
+        )
+        self.tables = DeviceTables.allocate(self.cfg, model_runner.dtype, req_to_token.device)
+        self.planner = LifecyclePlanner(self.cfg)
+        self.footprint = FootprintEstimator(self.cfg)
+        self.executor = EventExecutor(
+            self.cfg, self.tables, pool.k_storage, pool.v_storage, req_to_token, compat.tensor_parallel_group()
+        )
+        install_backend(model_runner, self.cfg, self.tables)
+        logger.info(
+            "HARD-KV: %s, %d rows, tables %.2f GB beside the pool",
+            self.options, self.cfg.num_rows, self.tables.num_bytes / 1e9,
+        )  # fmt: skip
+
+    def plan_decode(self, batch: Any) -> None:
+        """Plan this step's events and move pages, before SGLang allocates the step's slots."""
+        allocator = self._allocator(batch.tree_cache)
+        plan_observes = []
+        views = []
+        for req in batch.reqs:
+            if is_opted_out(compat.custom_params(req)):
+                continue
+            state = self.states.get(req.rid)
+            if state is None:
+                state = self._admit(req)
+                plan_observes.append(ObserveOp(state.row, state.observe_from))
+            if not req.finished():
+                views.append((state, compat.committed_len(req)))
+        plan = self.planner.plan(views, allocator)
+        plan.observes = plan_observes
+        self.statistics.count_plan(plan)
+        if plan.freed_pages:
+            # admission sleeps while the batch is full, and only a finished request would wake it
+            batch.batch_is_full = False
+        if not plan.is_empty:
+            self.pending.append(plan)
+
+    def _admit(self, req: Any) -> RequestState:
+        state = self.planner.admit(
+            row=compat.row_of(req),
+            prompt_len=len(req.origin_input_ids),
+            protected_len=compat.protected_len(req),
+            seq_len=compat.committed_len(req),
+        )
+        self.states[req.rid] = state
+        return state
+
+    def launch(self, batch: Any) -> list[SelectReport]:
+        """Run what is planned, on the forward stream, before the batch's own forward."""
+        plans, self.pending = self.pending, []
+        reports = [report for plan in plans for report in self.executor.run(plan)]
+        if batch.forward_mode.is_extend():
+            self.executor.reset(batch.req_pool_indices)
+        return reports
+
+    def settle(self, reports: list[SelectReport]) -> None:
+        """Take over the counts of select events whose step has been waited for."""
+        for report in reports:
+            state = report.op.state
+            if state.released:
+                continue
+            head_pages, *counts = report.counts.tolist()
+            self.planner.settle(state, head_pages, counts)
+            # page-derived, so that admission decides the same on every rank
+            kept = head_pages * self.cfg.layout.page_size / self.cfg.layout.columns
+            span = report.op.recent_start - report.op.condensed_end
+            self.statistics.count_selection(span + state.num_condensed_pages * self.cfg.layout.page_size, kept)
+
+    def release(self, req: Any, tree_cache: Any) -> None:
+        """Before SGLang releases a request: free what compression owns, leave only exact KV to SGLang."""
+        state = self.states.pop(req.rid, None)
+        if state is None or not compat.holds_kv(req):
+            return
+        num_tokens = compat.committed_len(req)
+        allocated = compat.allocated_len(req)
+        self.statistics.reports.append(
+            RequestReport.of(req.rid, state, num_tokens, self.cfg.layout.page_size)
+        )
+        left = self.planner.release(state, allocated, self._allocator(tree_cache))
+        if left != allocated:
+            compat.truncate_kv(req, left)
+
+    def uncached_tokens(self, reqs: list[Any]) -> int:
+        """Pool tokens that these requests hold less than their lengths say (negative: more)."""
+        page_size = self.cfg.layout.page_size
+        states = [self.states[req.rid] for req in reqs if req.rid in self.states]
+        return sum(s.condensed_end - s.prefix_end - s.num_condensed_pages * page_size for s in states)
+
+    def expected_footprint(self, num_tokens: int) -> int:
+        """Pool tokens at the peak of decoding `num_tokens` more tokens from a fresh prompt."""
+        return self.footprint.decode_tokens(num_tokens, self._kept_fraction())
+
+    def expected_growth(self, req: Any, remaining: int) -> int | None:
+        """Pool tokens that a running request will still take; None for one that is not compressed."""
+        state = self.states.get(req.rid)
+        if state is None:
+            return None
+        return self.footprint.growth(
+            state, compat.committed_len(req), remaining, self.cfg.layout.page_size, self._kept_fraction()
+        )
+
+    def _kept_fraction(self) -> float:
+        measured = self.statistics.candidate_tokens >= MEASURED_AFTER
+        return self.statistics.kept_fraction if measured else PRIOR_KEPT_FRACTION
+
+    def check_integrity(self, reqs: list[Any], tree_cache: Any) -> None:
+        """Prove that every token page has exactly one owner. Synchronises; for idle time and strict mode.
+
+        Raises `IntegrityError`.
+        """
+        page_size = self.cfg.layout.page_size
+        allocator = tree_cache.token_to_kv_pool_allocator
+        owners = {
+            "free": torch.cat((allocator.free_pages, allocator.release_pages)),
+            "radix tree": compat.tree_slots(tree_cache)[::page_size] // page_size,
+        }
+        for req in reqs:
+            if not compat.holds_kv(req):
+                continue
+            row = self.executor.req_to_token[compat.row_of(req)]
+            state = self.states.get(req.rid)
+            start, end = compat.protected_len(req), compat.allocated_len(req)
+            if state is None or not state.is_compressed:
+                owners[f"request {req.rid}"] = row[start:end:page_size] // page_size
+                continue
+            own_prefix = row[start : state.prefix_end : page_size]
+            dense = row[state.condensed_end : end : page_size]
+            owners[f"request {req.rid}"] = torch.cat((own_prefix, dense)) // page_size
+            if state.num_condensed_pages:
+                owners[f"condensed {req.rid}"] = state.condensed_slots[::page_size] // page_size
+        check_ownership(owners, self.cfg.layout.num_slots // page_size - 1)
+
+    def describe(self) -> dict[str, Any]:
+        """State for `/server_info`."""
+        return {"options": self.options.to_dict(), **self.statistics.to_dict()}
+
+    def _allocator(self, tree_cache: Any) -> compat.SglangPageAllocator:
+        return compat.SglangPageAllocator(
+            tree_cache, tree_cache.token_to_kv_pool_allocator, self.executor.req_to_token
+        )

@@ -1,0 +1,121 @@
+"""The budget rule: Top-p in one probability space, floor and cap. Pure torch, no sglang.
+
+Sizes: B lists (every layer and KV head of a request), G query heads of a KV head, Q observation queries, N
+candidates, V distributions that each choose a Top-p set (1, or Q for the union over queries).
+
+Nothing here reads a value back to the host, so all of it may be queued on a stream. Masses are added in fixed
+point: integer sums do not depend on the order of summation, so the same probabilities give the same budget in
+any batch, on any device, sorted or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ONE = 1 << 48
+"""Fixed-point units of probability 1: finer than float32 and float64 need, and 2**15 ones fit an int64."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What one event may keep: B lists (every layer and KV head of a request), N candidates each.
+
+    Candidates stand in ascending position. Lists are padded on the left, so that the condensed tokens of a
+    short list still touch the sparse span that follows them. Padding and invalid queries may hold anything,
+    NaN included.
+    """
+
+    logits2: torch.Tensor  # [B, G, Q, N] float, q.k * scale * log2(e)
+    lse2: torch.Tensor  # [B, G, Q] float, base-2 LSE over all tokens that the query attended when decoded
+    attended: torch.Tensor  # [B, N] bool, candidates inside that LSE
+    valid: torch.Tensor  # [B, N] bool, candidates that exist
+    query_valid: torch.Tensor  # [Q] bool, observation queries that exist
+    keys: torch.Tensor | None = None  # [B, N, D] float, for metrics that read keys
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What an event keeps."""
+
+    keep: torch.Tensor  # [B, N] bool
+    temperature: torch.Tensor  # [B] float32, to be reused until recalibration
+    kept_mass: torch.Tensor  # [B] float32, mean attention mass of always-kept plus kept tokens
+    infeasible: torch.Tensor  # [B] bool, calibration clamped: no temperature reaches the target
+
+
+def fixed_point(mass: torch.Tensor) -> torch.Tensor:
+    """Probabilities in int64 units of 1 / ONE, rounded to nearest."""
+    return (mass * ONE).round().long()
+
+
+def droppable(top_p: float) -> int:
+    """Most mass, in fixed point, that Top-p leaves out; rounded down, toward keeping."""
+    return int((1.0 - top_p) * ONE)
+
+
+def row_max(values: torch.Tensor, least: float) -> torch.Tensor:
+    """Maximum over the last dimension, kept, but at least `least`: also defined for no entries (N = 0)."""
+    if values.shape[-1] == 0:
+        return values.new_full((*values.shape[:-1], 1), least)
+    return values.amax(-1, keepdim=True).clamp(min=least)
+
+
+def ascending_order(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Candidates from the first to drop to the last to drop.
+
+    scores: [..., N] float, not negative; valid: bool, broadcastable to scores. Returns [..., N] int64.
+    Guarantees: invalid candidates first, then ascending score; of equal scores the earlier position first.
+    """
+    return torch.where(valid, scores, -1.0).argsort(dim=-1, stable=True)
+
+
+def last_in_order(order: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mask of the last `counts` candidates of an order.
+
+    order: [..., N] int64, a permutation; counts: [...] int64. Returns [..., N] bool.
+    """
+    size = order.shape[-1]
+    place = torch.arange(size, device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, place)
+    return rank >= size - counts[..., None]
+
+
+def top_p_counts(mass: torch.Tensor, order: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Smallest number of candidates, best first, that with the always-kept mass reach `top_p`.
+
+    mass: [..., N] float, probabilities over all live tokens (0 for padding), so that what is missing to 1 is
+    the always-kept mass; order: [..., N] int64 of `ascending_order`, along which mass does not fall.
+    Returns [...] int64: 0 where the always-kept mass alone reaches `top_p`. Below p = 1 only.
+    """
+    dropped = fixed_point(mass.gather(-1, order)).cumsum(-1)
+    return (dropped > droppable(top_p)).sum(-1)
+
+
+def top_p_set(mass: torch.Tensor, order: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Mask [..., N] of the `top_p_counts` best candidates; arguments as there."""
+    return last_in_order(order, top_p_counts(mass, order, top_p))
+
+
+def bound_counts(
+    chosen: torch.Tensor, importance: torch.Tensor, valid: torch.Tensor, floor: int, cap: int | None
+) -> torch.Tensor:
+    """Fill a list up to `floor` and cut it to `cap`, by importance.
+
+    chosen: [B, N] bool, within valid; importance: [B, N] float, not negative; valid: [B, N] bool.
+    Returns keep [B, N] bool. Guarantees: chosen candidates before others, then higher importance, then the
+    later position; never an invalid candidate; the cap wins over everything.
+    """
+    order = ascending_order(importance, valid)
+    order = order.gather(-1, chosen.gather(-1, order).to(torch.uint8).argsort(dim=-1, stable=True))
+    counts = chosen.sum(-1).clamp(min=floor, max=cap)
+    return last_in_order(order, torch.minimum(counts, valid.sum(-1)))
+
+
+def mass_kept(importance: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Attention mass that remains, [B] float32: 1 minus the mean importance of what is dropped.
+
+    importance: [B, N] float, mean over query heads and observation queries, 0 for padding; keep: [B, N] bool.
+    """
+    return (1.0 - importance.masked_fill(keep, 0.0).sum(-1)).float()
