@@ -43,9 +43,7 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
             return
         tables, req_to_token = self.hardkv_tables, self.req_to_token_pool.req_to_token
         self.hardkv_rows = []
-        for row, seq_len in zip(
-            forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), strict=True
-        ):
+        for row, seq_len in zip(forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), strict=True):
             compressed = int(tables.recent_start[row]) > 0
             slots = reference.dense_slots(req_to_token, tables, row, seq_len) if compressed else None
             observed = seq_len - 1 >= int(tables.observe_from[row])
@@ -74,9 +72,7 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
                 self._tiered_decode(queries[i], o[i], request, layer)
         return o.view(q.shape[0], -1)
 
-    def _stock_decode(
-        self, queries: torch.Tensor, o: torch.Tensor, i: int, layer: Any, forward_batch: Any
-    ) -> None:
+    def _stock_decode(self, queries: torch.Tensor, o: torch.Tensor, i: int, layer: Any, forward_batch: Any) -> None:
         self._run_sdpa_forward_decode(
             queries[i : i + 1],
             o[i : i + 1],

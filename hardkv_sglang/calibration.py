@@ -15,7 +15,7 @@ from hardkv_sglang.selection import ONE, droppable, fixed_point, row_max
 BISECTION_STEPS = 30
 """Halvings of the log2 T interval: 12 / 2**30 is below the resolution of a float32 temperature."""
 TOLERANCE = 1e-3
-"""Probability that a calibrated list may miss before it is flagged."""
+"""Probability by which a calibrated list may exceed top_p before it is flagged."""
 LOG2_FLOOR = -126.0
 """Scores below the smallest normal float32 count as that, so that logarithms stay finite."""
 
@@ -25,7 +25,7 @@ class Calibration:
     """Result of `calibrate`, per list."""
 
     temperature: torch.Tensor  # [B] float32, 0 where there was nothing to calibrate on
-    infeasible: torch.Tensor  # [B] bool, the mass at `temperature` misses top_p by more than TOLERANCE
+    infeasible: torch.Tensor  # [B] bool, clamped: the target's mass is below top_p, or above by > TOLERANCE
 
 
 def uncalibrated(valid: torch.Tensor) -> Calibration:
@@ -40,6 +40,18 @@ def reuse(fresh: Calibration, temperature: torch.Tensor | None) -> Calibration:
         return fresh
     known = temperature > 0
     return Calibration(torch.where(known, temperature, fresh.temperature), fresh.infeasible & ~known)
+
+
+def prior_temperature(temperatures: torch.Tensor, infeasible: torch.Tensor) -> torch.Tensor:
+    """One temperature per list from many events: the geometric mean of those that were solved.
+
+    temperatures, infeasible: [E, B] of E events. Returns [B] float32, 0 (not calibrated) for a list that was
+    never solved, as `Policy.select` expects.
+    """
+    solved = (temperatures > 0) & ~infeasible
+    total = torch.where(solved, temperatures.clamp(min=1e-30).log2(), 0.0).sum(0)
+    number = solved.sum(0)
+    return torch.where(number > 0, (total / number.clamp(min=1)).exp2(), 0.0).float()
 
 
 def log2_scores(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -95,5 +107,6 @@ def calibrate(
         enough = dropped(middle.exp2().float()) <= allowed
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     temperature = low.exp2().float()
-    miss = (dropped(temperature) - allowed).abs() > num_active * int(TOLERANCE * ONE)
-    return Calibration(torch.where(num_active > 0, temperature, 0.0), miss)
+    surplus = allowed - dropped(temperature)
+    infeasible = (surplus < 0) | (surplus > num_active * int(TOLERANCE * ONE))
+    return Calibration(torch.where(num_active > 0, temperature, 0.0), infeasible)

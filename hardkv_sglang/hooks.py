@@ -12,12 +12,14 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from hardkv_sglang import compat
 from hardkv_sglang.overrides import override_error
 from hardkv_sglang.refusals import refused_model
 from hardkv_sglang.runtime import HardKVRuntime
+
+SOURCE = HookSource("hardkv", "hardkv-sglang")
 
 
 class HookError(RuntimeError):
@@ -78,9 +80,7 @@ def after_process_batch_result(
     runtime.settle(getattr(result, "hardkv_reports", []))
 
 
-def before_release_kv_cache(
-    runtime: HardKVRuntime, req: Any, tree_cache: Any, *_args: Any, **_kwargs: Any
-) -> None:
+def before_release_kv_cache(runtime: HardKVRuntime, req: Any, tree_cache: Any, *_args: Any, **_kwargs: Any) -> None:
     """release_kv_cache(req, tree_cache, is_insert): finish, abort and retraction all end here."""
     runtime.release(req, tree_cache)
 
@@ -102,9 +102,7 @@ def around_add_one_req(
         return original(adder, req, *args, **kwargs)
 
 
-def around_running_request_offset(
-    runtime: HardKVRuntime, original: Callable[..., Any], adder: Any, req: Any
-) -> float:
+def around_running_request_offset(runtime: HardKVRuntime, original: Callable[..., Any], adder: Any, req: Any) -> float:
     """_get_running_request_total_token_offset(self, req): what a running request may still take."""
     stock: float = original(adder, req)
     remaining = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
@@ -112,9 +110,7 @@ def around_running_request_offset(
     return stock if growth is None else min(stock, growth)
 
 
-def after_get_total_uncached_sizes(
-    runtime: HardKVRuntime, sizes: tuple[int, int], checker: Any
-) -> tuple[int, int]:
+def after_get_total_uncached_sizes(runtime: HardKVRuntime, sizes: tuple[int, int], checker: Any) -> tuple[int, int]:
     """_get_total_uncached_sizes(self): strict mode compares lengths with the pool; compressed requests hold less."""
     reqs = compat.active_requests(checker.get_last_batch(), checker.get_running_batch())
     return sizes[0] - runtime.uncached_tokens(reqs), sizes[1]
@@ -213,7 +209,7 @@ def install(hooks: tuple[Hook, ...], runtime: HardKVRuntime) -> None:
         raise HookError(f"another plugin already patched {', '.join(taken)}; disable it with SGLANG_PLUGINS=hardkv")
     bound = [(hook.target, partial(hook.function, runtime), hook.kind) for hook in hooks]
     for target, function, kind in bound:
-        HookRegistry.register(target, function, kind)
+        HookRegistry.register(target, function, kind, source=SOURCE)
     HookRegistry.apply_hooks()
     shadowed = [target for target, function, _ in bound if not is_called(target, function)]
     if shadowed:

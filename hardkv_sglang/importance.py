@@ -17,6 +17,8 @@ from hardkv_sglang.selection import Candidates, row_max
 
 RKV_OFFSET = 1e-10
 """Added to R-KV scores before the logarithm, as in the papers' code."""
+RKV_RESOLUTION = 1e-6
+"""R-KV scores that exceed the lowest by less than this fraction of it are equal to it."""
 SIMILARITY_TILE = 64
 """Key columns compared at once: [B, N, SIMILARITY_TILE] takes about as much memory as the keys."""
 
@@ -114,8 +116,10 @@ def rkv_scores(importance: Importance, candidates: Candidates, options: HardKVCo
     redundancy = key_redundancy(candidates.keys, candidates.valid, options.rkv_similarity).to(share.dtype)
     score = options.rkv_lambda * share - (1.0 - options.rkv_lambda) * redundancy[:, None, :]
     lowest = -row_max((-score).masked_fill(~valid, -math.inf), -1.0)
-    score = _normalise((score - lowest).masked_fill(~valid, 0.0))
-    return torch.where(valid, score + RKV_OFFSET, 0.0)
+    score = (score - lowest).masked_fill(~valid, 0.0)
+    # normalising would blow rounding errors up to a full distribution where all scores are equal
+    score = score.masked_fill(score < RKV_RESOLUTION * lowest.abs(), 0.0)
+    return torch.where(valid, _normalise(score) + RKV_OFFSET, 0.0)
 
 
 def _normalise(mass: torch.Tensor) -> torch.Tensor:

@@ -211,9 +211,7 @@ class LifecyclePlanner:
             observe_from=state.observe_from,
         )
 
-    def _plan_condense(
-        self, state: RequestState, seq_len: int, allocator: PageAllocator, plan: StepPlan
-    ) -> bool:
+    def _plan_condense(self, state: RequestState, seq_len: int, allocator: PageAllocator, plan: StepPlan) -> bool:
         assert state.survivor_pages is not None
         slots = allocator.alloc_pages(state.survivor_pages)
         if slots is None:
@@ -221,9 +219,7 @@ class LifecyclePlanner:
             return False
         plan.allocated_pages += state.survivor_pages
         state.observe_from = max(seq_len, state.observe_from)
-        plan.condenses.append(
-            CondenseOp(state, state.row, slots, start=state.condensed_end, end=state.recent_start)
-        )
+        plan.condenses.append(CondenseOp(state, state.row, slots, start=state.condensed_end, end=state.recent_start))
         return True
 
     def _free_sources(self, op: CondenseOp, allocator: PageAllocator, plan: StepPlan) -> None:

@@ -119,9 +119,7 @@ SERVER_REFUSALS: tuple[Refusal, ...] = (
         f"KV compression needs pages of {', '.join(map(str, SUPPORTED_PAGE_SIZES))} tokens",
         "32",
     ),
-    _choice(
-        "kv_cache_dtype", SUPPORTED_KV_CACHE_DTYPES, "quantised KV cannot be compressed", "auto or bfloat16"
-    ),
+    _choice("kv_cache_dtype", SUPPORTED_KV_CACHE_DTYPES, "quantised KV cannot be compressed", "auto or bfloat16"),
     Refusal(
         "cuda_graph_config",
         lambda args: args.cuda_graph_config.decode.backend not in SUPPORTED_DECODE_GRAPHS,
@@ -167,17 +165,12 @@ SERVER_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "SGLANG_USE_CPU_ENGINE",
         lambda args: args.device == "cpu" and _is_on("SGLANG_USE_CPU_ENGINE"),
-        "SGLANG_USE_CPU_ENGINE=1: it replaces the CPU platform that KV compression needs; unset "
-        "SGLANG_USE_CPU_ENGINE",
+        "SGLANG_USE_CPU_ENGINE=1: it replaces the CPU platform that KV compression needs; unset SGLANG_USE_CPU_ENGINE",
     ),
     _environment("SGLANG_USE_HND_KVCACHE", "KV compression needs slot-major KV"),
     _environment("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "captured decode keeps the size of the pool"),
-    _environment(
-        "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "only SGLang's default radix cache is known to keep KV exact"
-    ),
-    _environment(
-        "SGLANG_ENABLE_UNIFIED_RADIX_TREE", "only SGLang's default radix cache is known to keep KV exact"
-    ),
+    _environment("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "only SGLang's default radix cache is known to keep KV exact"),
+    _environment("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "only SGLang's default radix cache is known to keep KV exact"),
     _environment("SGLANG_RUST_SERVER", "KV compression is untested with the embedded Rust server"),
 )
 

@@ -12,7 +12,8 @@ from hardkv_sglang.admission import MEASURED_AFTER, PRIOR_KEPT_FRACTION, Footpri
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SelectReport
 from hardkv_sglang.lifecycle import LifecyclePlanner, ObserveOp, RequestState, StepPlan
-from hardkv_sglang.memory_pool.integrity import check_ownership
+from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
+from hardkv_sglang.memory_pool.layout import head_pages_needed
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.overrides import is_opted_out
 from hardkv_sglang.statistics import RequestReport, Statistics
@@ -54,7 +55,12 @@ class HardKVRuntime:
         self.planner = LifecyclePlanner(self.cfg)
         self.footprint = FootprintEstimator(self.cfg)
         self.executor = EventExecutor(
-            self.cfg, self.tables, pool.k_storage, pool.v_storage, req_to_token, compat.tensor_parallel_group()
+            self.cfg,
+            self.tables,
+            pool.k_storage,
+            pool.v_storage,
+            req_to_token,
+            compat.tensor_parallel_group(),
         )
         install_backend(model_runner, self.cfg, self.tables)
         logger.info(
@@ -121,11 +127,10 @@ class HardKVRuntime:
         state = self.states.pop(req.rid, None)
         if state is None or not compat.holds_kv(req):
             return
-        num_tokens = compat.committed_len(req)
         allocated = compat.allocated_len(req)
-        self.statistics.reports.append(
-            RequestReport.of(req.rid, state, num_tokens, self.cfg.layout.page_size)
-        )
+        if state.is_compressed:
+            report = RequestReport.of(req.rid, state, compat.committed_len(req), self.cfg.layout.page_size)
+            self.statistics.reports.append(report)
         left = self.planner.release(state, allocated, self._allocator(tree_cache))
         if left != allocated:
             compat.truncate_kv(req, left)
@@ -178,13 +183,32 @@ class HardKVRuntime:
             owners[f"request {req.rid}"] = torch.cat((own_prefix, dense)) // page_size
             if state.num_condensed_pages:
                 owners[f"condensed {req.rid}"] = state.condensed_slots[::page_size] // page_size
+                self._check_tables(state)
         check_ownership(owners, self.cfg.layout.num_slots // page_size - 1)
+
+    def _check_tables(self, state: RequestState) -> None:
+        layout, tables = self.cfg.layout, self.tables
+        counts = tables.num_condensed[:, state.row]
+        head_pages = int(head_pages_needed(counts, layout.page_size).sum())
+        held = state.num_condensed_pages
+        # the maximum over the tensor-parallel ranks decides, so a rank may hold pages that it does not need
+        if head_pages > held * layout.columns or (
+            self.executor.tp_group is None and head_pages <= (held - 1) * layout.columns
+        ):
+            raise IntegrityError(f"row {state.row} holds {held} condensed pages for {head_pages} head pages")
+        listed = tables.condensed_pages[state.row, :held].long().cpu()
+        if not torch.equal(listed, state.condensed_slots[:: layout.page_size].cpu() // layout.page_size):
+            raise IntegrityError(f"row {state.row}: the device table names other condensed pages than the host")
 
     def describe(self) -> dict[str, Any]:
         """State for `/server_info`."""
-        return {"options": self.options.to_dict(), **self.statistics.to_dict()}
+        layout, itemsize = self.cfg.layout, self.executor.k_storage.element_size()
+        return {
+            "options": self.options.to_dict(),
+            "page_bytes": 2 * layout.columns * layout.page_size * layout.head_dim * itemsize,
+            "table_bytes": self.tables.num_bytes,
+            **self.statistics.to_dict(),
+        }
 
     def _allocator(self, tree_cache: Any) -> compat.SglangPageAllocator:
-        return compat.SglangPageAllocator(
-            tree_cache, tree_cache.token_to_kv_pool_allocator, self.executor.req_to_token
-        )
+        return compat.SglangPageAllocator(tree_cache, tree_cache.token_to_kv_pool_allocator, self.executor.req_to_token)

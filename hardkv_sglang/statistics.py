@@ -84,4 +84,8 @@ class Statistics:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable counters and recent reports."""
         counters = {k: v for k, v in vars(self).items() if k != "reports"}
-        return {**counters, "kept_fraction": self.kept_fraction, "requests": [asdict(r) for r in self.reports]}
+        return {
+            **counters,
+            "kept_fraction": self.kept_fraction,
+            "requests": [asdict(r) for r in self.reports],
+        }

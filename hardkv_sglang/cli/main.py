@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hardkv_sglang.cli import model
+from hardkv_sglang.cli import demo, model
 
 # each offers add_parser(subparsers) and run(args) -> exit status; heavy imports belong inside run()
-SUBCOMMANDS = (model,)
+SUBCOMMANDS = (demo, model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

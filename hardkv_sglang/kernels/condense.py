@@ -4,13 +4,13 @@ Three launches on one stream: count the survivors, copy them, publish the lists.
 the publication then overwrites, so the order matters; `reference_condense.py` is the specification.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 
-from hardkv_sglang.kernels.ragged_decode import list_rows
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
@@ -36,6 +36,39 @@ def count_kernel(
         o_n = i_n + tl.arange(0, BC)
         b_kept += tl.load(condensed_keep + o_table * capacity + o_n, mask=o_n < old_len, other=0).to(tl.int32)
     tl.store(counts + i_j * COLUMNS + i_c, tl.sum(b_kept, 0) + tl.load(num_sparse + o_table))
+
+
+@triton.jit
+def list_rows(
+    b_index,
+    end,
+    num_condensed,
+    first_page,
+    p_pages,
+    p_positions,
+    p_slots,
+    i_l,
+    i_h,
+    num_slots,
+    H: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PS: tl.constexpr,
+):
+    """Storage rows (int64) of the tokens `b_index` of list (i_l, i_h): condensed tokens first, then sparse.
+
+    Rows of tokens at or past `end` are arbitrary.
+    """
+    m_condensed = b_index < num_condensed
+    b_seq = first_page + b_index // PS
+    b_column = b_seq % COLUMNS
+    b_page = tl.load(p_pages + b_seq // COLUMNS, mask=m_condensed & (b_index < end), other=0)
+    m_sparse = (b_index >= num_condensed) & (b_index < end)
+    b_position = tl.load(p_positions + (b_index - num_condensed), mask=m_sparse, other=0)
+    b_dense_slot = tl.load(p_slots + b_position, mask=m_sparse, other=0)
+    b_slot = tl.where(m_condensed, b_page * PS + b_index % PS, b_dense_slot.to(tl.int32))
+    b_layer = tl.where(m_condensed, b_column // H, i_l)
+    b_head = tl.where(m_condensed, b_column % H, i_h)
+    return (b_layer.to(tl.int64) * num_slots + b_slot) * H + b_head
 
 
 @triton.jit
@@ -110,7 +143,7 @@ def copy_kernel(
             b_slot = b_page.to(tl.int64) * PS + b_rank % PS
             b_column = b_seq % COLUMNS
             b_target = ((b_column // H).to(tl.int64) * num_slots + b_slot) * H + b_column % H
-            # shape [BN, D]
+            # [BN, D] offsets
             o_source = b_source[:, None] * D + tl.arange(0, D)[None, :]
             o_target = b_target[:, None] * D + tl.arange(0, D)[None, :]
             b_k = tl.load(k + o_source, mask=m_n[:, None])
@@ -183,9 +216,7 @@ def condense(
     columns, capacity = layout.columns, tables.condensed_keep.shape[-1]
     max_pages, max_span = tables.condensed_pages.shape[1], tables.sparse_positions.shape[-1]
     assert k_storage.is_contiguous() and v_storage.is_contiguous(), "the pool must be contiguous"
-    assert rows.is_contiguous() and new_pages.is_contiguous() and rows.numel() == J, (
-        "rows [J], new_pages [J, P]"
-    )
+    assert rows.is_contiguous() and new_pages.is_contiguous() and rows.numel() == J, "rows [J], new_pages [J, P]"
     assert max_pages >= P and req_to_token.stride(1) == 1, "more pages than the table holds"
     counts = torch.empty(J, columns, dtype=torch.int32, device=rows.device)
     keep = tables.condensed_keep.view(torch.uint8)

@@ -1,5 +1,6 @@
 """Work list of the ragged decode attention: every list of a batch cut into splits, on the device."""
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,8 +18,25 @@ SPLIT_TOKENS = 256
 MAX_SPLITS = 32
 """Lists past `MAX_SPLITS * SPLIT_TOKENS` get longer splits instead, which bounds the partial results."""
 
-SPLIT_ALIGN = tl.constexpr(64)
-ITEM_FIELDS = tl.constexpr(8)
+SPLIT_ALIGN = tl.constexpr(64)  # at least the page size, so that a split starts at a page
+ITEM_FIELDS = tl.constexpr(6)
+
+
+@triton.jit
+def load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H: tl.constexpr):
+    """Row, table offset, condensed tokens and length of lists `o_list` (batch-major) of layer `i_l`."""
+    b_row = tl.load(rows + o_list // H, mask=m_list, other=0).to(tl.int64)
+    o_table = (i_l * num_rows + b_row) * H + o_list % H
+    b_condensed = tl.load(num_condensed + o_table, mask=m_list, other=0)
+    return b_row, o_table, b_condensed, b_condensed + tl.load(num_sparse + o_table, mask=m_list, other=0)
+
+
+@triton.jit
+def split_geometry(b_len, SPLIT: tl.constexpr, SPLITS: tl.constexpr):
+    """Number of splits (0 for an empty list) and tokens per split, from the length alone."""
+    b_splits = tl.minimum(tl.maximum(tl.cdiv(b_len, SPLIT), 1), SPLITS)
+    b_size = tl.maximum(tl.cdiv(tl.cdiv(b_len, b_splits), SPLIT_ALIGN), 1) * SPLIT_ALIGN
+    return tl.cdiv(b_len, b_size), b_size
 
 
 @triton.jit
@@ -28,58 +46,59 @@ def plan_kernel(
     first_page,
     num_sparse,
     items,
-    num_items,
+    split_indptr,
     num_lists,
     num_rows,
     max_items,
+    max_lists,
     H: tl.constexpr,
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     BL: tl.constexpr,
+    BS: tl.constexpr,
+    BB: tl.constexpr,
 ):
     i_l = tl.program_id(0).to(tl.int64)
-    p_items = items + i_l * max_items * ITEM_FIELDS
-    num_planned = 0
-    for i_list in range(0, num_lists, BL):
-        # shape [BL]
-        o_list = i_list + tl.arange(0, BL)
-        m_list = o_list < num_lists
-        b_row = tl.load(rows + o_list // H, mask=m_list, other=0).to(tl.int64)
-        o_table = (i_l * num_rows + b_row) * H + o_list % H
-        b_condensed = tl.load(num_condensed + o_table, mask=m_list, other=0)
-        b_first_page = tl.load(first_page + o_table, mask=m_list, other=0)
-        b_len = b_condensed + tl.load(num_sparse + o_table, mask=m_list, other=0)
-        b_splits = tl.minimum(tl.maximum(tl.cdiv(b_len, SPLIT), 1), SPLITS)
-        b_size = tl.maximum(tl.cdiv(tl.cdiv(b_len, b_splits), SPLIT_ALIGN), 1) * SPLIT_ALIGN
-        # an empty list keeps one item: somebody has to write its output
-        b_splits = tl.where(m_list, tl.maximum(tl.cdiv(b_len, b_size), 1), 0)
-        b_first_item = num_planned + tl.cumsum(b_splits, 0) - b_splits
-        for i_split in range(0, tl.max(b_splits, 0)):
-            p_item = p_items + (b_first_item + i_split).to(tl.int64) * ITEM_FIELDS
-            m_item = i_split < b_splits
-            tl.store(p_item, o_list, mask=m_item)
-            tl.store(p_item + 1, b_row.to(tl.int32), mask=m_item)
-            tl.store(p_item + 2, i_split * b_size, mask=m_item)
-            tl.store(p_item + 3, tl.minimum((i_split + 1) * b_size, b_len), mask=m_item)
-            tl.store(p_item + 4, b_condensed, mask=m_item)
-            tl.store(p_item + 5, b_first_page, mask=m_item)
-            tl.store(p_item + 6, b_first_item, mask=m_item)
-            tl.store(p_item + 7, b_splits, mask=m_item)
-        num_planned += tl.sum(b_splits, 0)
-    tl.store(num_items + i_l, num_planned)
+    first_list = tl.program_id(1) * BL
+    # splits of all lists before this block: cheaper to count again than to wait for another program
+    b_before = tl.zeros([BB], tl.int32)
+    for i_list in range(0, first_list, BB):
+        o_list = i_list + tl.arange(0, BB)
+        m_list = o_list < first_list
+        _, _, _, b_len = load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H)
+        b_before += split_geometry(b_len, SPLIT, SPLITS)[0]
+    o_list = first_list + tl.arange(0, BL)
+    m_list = o_list < num_lists
+    b_row, o_table, b_condensed, b_len = load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H)
+    b_first_page = tl.load(first_page + o_table, mask=m_list, other=0)
+    b_splits, b_size = split_geometry(b_len, SPLIT, SPLITS)
+    b_end = tl.sum(b_before, 0) + tl.cumsum(b_splits, 0)
+    p_indptr = split_indptr + i_l * (max_lists + 1)
+    tl.store(p_indptr + o_list + 1, b_end, mask=m_list)
+    if first_list == 0:
+        tl.store(p_indptr, 0)
+    # [BL, BS] items
+    o_split = tl.arange(0, BS)[None, :]
+    m_item = o_split < b_splits[:, None]
+    b_item = (b_end - b_splits).to(tl.int64)[:, None] + o_split
+    p_item = items + (i_l * max_items + b_item) * ITEM_FIELDS
+    b_start = o_split * b_size[:, None]
+    tl.store(p_item, o_list[:, None], mask=m_item)
+    tl.store(p_item + 1, b_row.to(tl.int32)[:, None], mask=m_item)
+    tl.store(p_item + 2, b_start, mask=m_item)
+    tl.store(p_item + 3, tl.minimum(b_start + b_size[:, None], b_len[:, None]), mask=m_item)
+    tl.store(p_item + 4, b_condensed[:, None], mask=m_item)
+    tl.store(p_item + 5, b_first_page[:, None], mask=m_item)
 
 
 @dataclass(frozen=True)
 class RaggedWorkspace:
     """Device memory of the op, shared by all layers and all batch sizes of one stream; the caller owns it."""
 
-    items: (
-        torch.Tensor
-    )  # [L, N, 8] int32: list, row, start, end, condensed tokens, first page, first item, splits
-    num_items: torch.Tensor  # [L] int32
+    items: torch.Tensor  # [L, N, 6] int32, one split each: list, row, start, end, condensed tokens, first page
+    split_indptr: torch.Tensor  # [L, max_batch * H + 1] int32, items of each list
     partial_o: torch.Tensor  # [N, G, D] float32
     partial_lse2: torch.Tensor  # [N, G] float32
-    arrivals: torch.Tensor  # [max_batch * H] int32, finished splits of each list; zero between launches
     max_splits: int
     num_multiprocessors: int
 
@@ -94,32 +113,34 @@ class RaggedWorkspace:
     ) -> RaggedWorkspace:
         """Allocate for batches up to `max_batch`.
 
-        max_list_tokens: longest list to expect, condensed and sparse; longer ones stay correct, with longer splits.
+        max_list_tokens: longest expected list, condensed and sparse; longer ones stay correct, in longer splits.
         """
         max_splits = max(1, min(MAX_SPLITS, triton.cdiv(max_list_tokens, SPLIT_TOKENS)))
-        num_lists, G = max_batch * layout.num_kv_heads, num_q_heads // layout.num_kv_heads
-        N = num_lists * max_splits
+        max_lists, G = max_batch * layout.num_kv_heads, num_q_heads // layout.num_kv_heads
+        L, N = layout.num_layers, max_lists * max_splits
         on_gpu = torch.device(device).type == "cuda"
 
         def zeros(*shape: int, kind: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
 
         return cls(
-            items=zeros(layout.num_layers, N, ITEM_FIELDS.value),
-            num_items=zeros(layout.num_layers),
+            items=zeros(L, N, ITEM_FIELDS.value),
+            split_indptr=zeros(L, max_lists + 1),
             partial_o=zeros(N, G, layout.head_dim, kind=torch.float32),
             partial_lse2=zeros(N, G, kind=torch.float32),
-            arrivals=zeros(num_lists),
             max_splits=max_splits,
-            num_multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count
-            if on_gpu
-            else 1,
+            num_multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1,
         )
+
+    @property
+    def max_lists(self) -> int:
+        """Most lists of one batch."""
+        return self.split_indptr.shape[1] - 1
 
     @property
     def num_bytes(self) -> int:
         """Device memory of the workspace, in bytes."""
-        tensors = (self.items, self.num_items, self.partial_o, self.partial_lse2, self.arrivals)
+        tensors = (self.items, self.split_indptr, self.partial_o, self.partial_lse2)
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -133,25 +154,27 @@ def plan_ragged_decode(
     sync. The split geometry of a list depends on its length alone.
     """
     num_lists = rows.numel() * layout.num_kv_heads
-    assert rows.is_contiguous() and rows.dtype in (torch.int32, torch.int64), (
-        "rows must be contiguous integers"
-    )
-    assert num_lists <= workspace.arrivals.numel(), "batch exceeds the workspace's max_batch"
+    assert rows.is_contiguous() and rows.dtype in (torch.int32, torch.int64), "rows must be contiguous integers"
+    assert num_lists <= workspace.max_lists, "batch exceeds the workspace's max_batch"
     for table in (tables.num_condensed, tables.first_page, tables.num_sparse):
         assert table.is_contiguous() and table.dtype == torch.int32, "tables must be contiguous int32"
-    plan_kernel[(layout.num_layers,)](
+    lists_per_program = 32
+    plan_kernel[(layout.num_layers, triton.cdiv(num_lists, lists_per_program))](
         rows,
         tables.num_condensed,
         tables.first_page,
         tables.num_sparse,
         workspace.items,
-        workspace.num_items,
+        workspace.split_indptr,
         num_lists=num_lists,
         num_rows=tables.num_condensed.shape[1],
         max_items=workspace.items.shape[1],
+        max_lists=workspace.max_lists,
         H=layout.num_kv_heads,
         SPLIT=SPLIT_TOKENS,
         SPLITS=workspace.max_splits,
-        BL=min(1024, triton.next_power_of_2(num_lists)),
-        num_warps=8,
+        BL=lists_per_program,
+        BS=triton.next_power_of_2(workspace.max_splits),
+        BB=1024,
+        num_warps=4,
     )

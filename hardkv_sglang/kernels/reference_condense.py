@@ -46,9 +46,7 @@ def condense(
     needed = int(first[-1, -1]) + int(head_pages_needed(counts[-1, -1], layout.page_size))
     if needed > new_pages.numel() * layout.columns:
         raise ValueError(f"row {row}: {needed} head pages do not fit in {new_pages.numel()} token pages")
-    source = torch.cat(
-        (_condensed_source(layout, tables, row), _sparse_source(layout, tables, req_to_token, row))
-    )
+    source = torch.cat((_condensed_source(layout, tables, row), _sparse_source(layout, tables, req_to_token, row)))
     target = torch.cat(_targets(layout, tables, row, new_pages, counts, first))
     for storage in (k_storage, v_storage):
         rows = storage.view(-1, layout.head_dim)
@@ -79,9 +77,7 @@ def _condensed_source(layout: PoolLayout, tables: DeviceTables, row: int) -> tor
     return layout.condensed_rows(tables.condensed_pages[row], tables.first_page[:, row][layer, head], index)
 
 
-def _sparse_source(
-    layout: PoolLayout, tables: DeviceTables, req_to_token: torch.Tensor, row: int
-) -> torch.Tensor:
+def _sparse_source(layout: PoolLayout, tables: DeviceTables, req_to_token: torch.Tensor, row: int) -> torch.Tensor:
     layer, head, index = _sparse_mask(tables, row).nonzero(as_tuple=True)
     slots = req_to_token[row][tables.sparse_positions[:, row][layer, head, index].long()].long()
     return (layer * layout.num_slots + slots) * layout.num_kv_heads + head

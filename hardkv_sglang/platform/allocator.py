@@ -10,6 +10,8 @@ from sglang.srt.utils import get_num_new_pages
 class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
     """SGLang's paged allocator with its two Triton kernels replaced by torch."""
 
+    free_pages: torch.Tensor  # [free] int64
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,
@@ -28,9 +30,7 @@ class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
         if num_new_pages > len(self.free_pages):
             return None
         slots = torch.empty((extend_num_tokens,), dtype=torch.int64, device=self.device)
-        alloc_extend_naive(
-            prefix_lens, seq_lens, last_loc, self.free_pages, slots, self.page_size, self.device
-        )
+        alloc_extend_naive(prefix_lens, seq_lens, last_loc, self.free_pages, slots, self.page_size, self.device)
         self.free_pages = self.free_pages[num_new_pages:]
         return slots
 

@@ -17,6 +17,10 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     _enum = PlatformEnum.OOT
 
+    def get_device(self, device_id: int = 0) -> str:
+        """The device string that `--device` defaults to; the mixin's torch.device breaks argument resolution."""
+        return "cpu"
+
     def get_default_attention_backend(self) -> str:
         """The only attention backend that is pure torch."""
         return "torch_native"

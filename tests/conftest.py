@@ -1,0 +1,59 @@
+"""Fixtures that every test directory may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hardkv_sglang.demo_model import demo_model_path
+
+if TYPE_CHECKING:
+    from e2e.server import ServerPool
+
+    from hardkv_sglang.server_process import ServerProcess as Server
+
+EMPTY: Mapping[str, str] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that drive a server and run them last: a failing unit test explains more and sooner."""
+    for item in items:
+        if "server_pool" in getattr(item, "fixturenames", ()):
+            item.add_marker("e2e")
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Folder of the demo model, converted on first use."""
+    return demo_model_path()
+
+
+@pytest.fixture(scope="session")
+def server_pool(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPool]:
+    """All servers of the session; ended with it."""
+    from e2e.server import ServerPool
+
+    pool = ServerPool(demo_model, tmp_path_factory.mktemp("servers"))
+    yield pool
+    pool.stop_all()
+
+
+@pytest.fixture
+def server_for(server_pool: ServerPool) -> Iterator[Callable[..., Server]]:
+    """`server_for({"flag": value}, {"ENV": "value"})`: a ready server; same arguments, same server.
+
+    A test fails if a server that it used has died by its end.
+    """
+    used: list[Server] = []
+
+    def get(flags: Mapping[str, Any] = EMPTY, env: Mapping[str, str] = EMPTY) -> Server:
+        used.append(server_pool.get(flags, env))
+        return used[-1]
+
+    yield get
+    for server in used:
+        server.check_alive()

@@ -1,0 +1,89 @@
+"""Server configurations of the compression tests, and what the tests ask of them."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from hardkv_sglang.server_process import ServerProcess as Server
+
+PAGE = 32
+POOL_TOKENS = 2560
+
+# short intervals, so that a few hundred tokens see several events
+SHORT_INTERVALS: dict[str, Any] = {
+    "recent_tokens": 32,
+    "query_window": 16,
+    "select_interval": 32,
+    "condense_interval": 64,
+    "min_tokens": 8,
+    "top_p": 0.8,
+}
+FIRST_EVENT = 64  # tokens past the dense prefix at the first select event, with these intervals
+STRICT = MappingProxyType({"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"})
+STOCK = MappingProxyType({"max-total-tokens": POOL_TOKENS, "chunked-prefill-size": 128})
+
+
+def compressed(options: dict[str, Any], **flags: Any) -> dict[str, Any]:
+    """Flags of a compressing server, otherwise as `STOCK`."""
+    return {**STOCK, "kv-compression": "hardkv", "kv-compression-config": json.dumps(options), **flags}
+
+
+SHORT = MappingProxyType(compressed(SHORT_INTERVALS))
+EXACT = MappingProxyType(compressed({**SHORT_INTERVALS, "top_p": 1.0, "max_tokens": None}))
+
+
+def prompt_ids(num_tokens: int, seed: int) -> list[int]:
+    """A prompt of common words; another seed shares no page with it."""
+    return [(7919 * seed + 31 * i * i + 17 * i) % 20000 + 500 for i in range(num_tokens)]
+
+
+def decode(server: Server, ids: Sequence[int], num_tokens: int, **payload: Any) -> Any:
+    """Greedy continuation of exactly `num_tokens` tokens with their log-probabilities."""
+    sampling = {
+        "temperature": 0,
+        "max_new_tokens": num_tokens,
+        "ignore_eos": True,
+        **payload.pop("sampling", {}),
+    }
+    return server.generate(input_ids=list(ids), sampling_params=sampling, return_logprob=True, **payload)
+
+
+def output_logprobs(reply: Any) -> list[float]:
+    """Log-probability of each generated token."""
+    return [entry[0] for entry in reply["meta_info"]["output_token_logprobs"]]
+
+
+def prefill_logprobs(server: Server, ids: Sequence[int], prompt_len: int) -> list[float]:
+    """Dense log-probabilities of `ids[prompt_len:]`, from the server's own prefill."""
+    reply = server.generate(
+        input_ids=list(ids),
+        sampling_params={"temperature": 0, "max_new_tokens": 1},
+        return_logprob=True,
+        logprob_start_len=prompt_len - 1,
+    )
+    return [entry[0] for entry in reply["meta_info"]["input_token_logprobs"]][1:]
+
+
+def hardkv_state(server: Server) -> dict[str, Any]:
+    """The `hardkv` block of `/server_info`."""
+    return server.server_info()["internal_states"][0]["hardkv"]
+
+
+def report_of(server: Server, rid: str) -> dict[str, Any]:
+    """Report of a finished, compressed request."""
+    (report,) = [r for r in hardkv_state(server)["requests"] if r["rid"] == rid]
+    return report
+
+
+def fresh_rid() -> str:
+    """A request id that nobody used."""
+    return uuid.uuid4().hex
+
+
+def page_ceil(num_tokens: int) -> int:
+    """Whole pages that hold `num_tokens` tokens, in tokens."""
+    return -(-num_tokens // PAGE) * PAGE

@@ -1,0 +1,50 @@
+"""Servers of a test session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from hardkv_sglang.server_process import Flags, ServerError, ServerProcess
+
+# enough for a handful of requests of the demo model's full context, 180 MB of K and V in float32
+DEFAULT_FLAGS: Flags = MappingProxyType(
+    {"dtype": "float32", "page-size": 32, "max-total-tokens": 8192, "max-running-requests": 16, "random-seed": 0}
+)
+
+
+class ServerPool:
+    """Servers of one test session: the same flags and environment give the same server."""
+
+    def __init__(self, model: Path, log_folder: Path) -> None:
+        self._model = model
+        self._log_folder = log_folder
+        self._servers: dict[str, ServerProcess] = {}
+
+    def get(self, flags: Flags, env: Mapping[str, str]) -> ServerProcess:
+        """A ready server, started on first use and again if it has died."""
+        key = repr((sorted(flags.items()), sorted(env.items())))
+        server = self._servers.get(key)
+        if server is None or not server.is_alive:
+            server = self.launch(flags, env)
+            self._servers[key] = server
+            self._wait_ready(server)
+        return server
+
+    def launch(self, flags: Flags, env: Mapping[str, str]) -> ServerProcess:
+        """A server that is neither awaited nor shared; the caller stops it."""
+        number = len(list(self._log_folder.iterdir()))
+        return ServerProcess(self._model, {**DEFAULT_FLAGS, **flags}, env, self._log_folder / f"server-{number}.log")
+
+    def _wait_ready(self, server: ServerProcess) -> None:
+        try:
+            server.wait_ready()
+        except ServerError:
+            server.stop()
+            raise
+
+    def stop_all(self) -> None:
+        """End all servers."""
+        for server in self._servers.values():
+            server.stop()

@@ -1,0 +1,83 @@
+"""Compression gives memory back while requests run, counted by SGLang's own allocator."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from e2e.compressed import (
+    POOL_TOKENS,
+    SHORT,
+    STOCK,
+    STRICT,
+    compressed,
+    decode,
+    fresh_rid,
+    hardkv_state,
+    prompt_ids,
+    report_of,
+)
+
+from hardkv_sglang.server_process import ServerProcess as Server
+
+ServerFor = Callable[..., Server]
+
+
+def used_tokens(log: str) -> list[int]:
+    """Pool tokens in use at each decode log line, from SGLang's allocator."""
+    return [int(n) for n in re.findall(r"Decode batch, #running-req: \d+, #token: (\d+)", log)]
+
+
+def test_default_options_hold_less_than_half(server_for: ServerFor) -> None:
+    server = server_for(compressed({}, **{"max-total-tokens": 4096}))
+    rid, num_tokens = fresh_rid(), 3100
+    before = len(used_tokens(server.log_text()))
+    decode(server, prompt_ids(40, seed=10), num_tokens, rid=rid)
+    report = report_of(server, rid)
+    assert report["num_tokens"] >= 3100
+    assert report["condense_events"] >= 3
+    assert report["held_pages"] <= 0.45 * report["dense_pages"]
+    # the log line reports whole pages of the one running request, up to 40 steps before its end
+    in_use = used_tokens(server.log_text())[before:]
+    assert in_use[-1] <= 0.45 * (num_tokens - 40)
+    # the pool never held the whole request: the peak is bounded by window, span and survivors
+    assert max(in_use) <= 0.5 * num_tokens
+
+
+def test_eight_requests_fit_a_pool_that_dense_overflows(server_for: ServerFor) -> None:
+    num_tokens, server = 440, server_for(SHORT, STRICT)
+    server.flush_cache()
+    prompts = [prompt_ids(40, seed=20 + i) for i in range(8)]
+    assert sum(len(p) + num_tokens for p in prompts) > 1.4 * POOL_TOKENS
+    before = len(server.log_text())
+    with ThreadPoolExecutor(8) as executor:
+        replies = list(executor.map(lambda p: decode(server, p, num_tokens), prompts))
+    assert [r["meta_info"]["num_retractions"] for r in replies] == [0] * 8
+    running = [int(n) for n in re.findall(r"Decode batch, #running-req: (\d+)", server.log_text()[before:])]
+    assert max(running) == 8
+    server.check_idle()
+
+
+def test_same_load_makes_stock_wait_or_retract(server_for: ServerFor) -> None:
+    num_tokens, server = 440, server_for(STOCK, STRICT)
+    server.flush_cache()
+    prompts = [prompt_ids(40, seed=20 + i) for i in range(8)]
+    before = len(server.log_text())
+    with ThreadPoolExecutor(8) as executor:
+        replies = list(executor.map(lambda p: decode(server, p, num_tokens), prompts))
+    retracted = sum(r["meta_info"]["num_retractions"] for r in replies)
+    running = [int(n) for n in re.findall(r"Decode batch, #running-req: (\d+)", server.log_text()[before:])]
+    assert retracted > 0 or max(running) < 8
+
+
+def test_freed_pages_are_counted_to_the_page(server_for: ServerFor) -> None:
+    # strict mode compares, at every step, owned pages with sum(ceil(n / page)) over (layer, head) of the tables
+    server, rid = server_for(SHORT, STRICT), fresh_rid()
+    before = hardkv_state(server)
+    decode(server, prompt_ids(40, seed=30), 400, rid=rid)
+    after, report = hardkv_state(server), report_of(server, rid)
+    returned = (after["freed_pages"] - before["freed_pages"]) - (after["allocated_pages"] - before["allocated_pages"])
+    assert returned == report["dense_pages"] - report["held_pages"]
+    assert returned > 0
+    server.check_idle()
