@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hardkv_sglang.config import ResolvedConfig
-from hardkv_sglang.kernels.reference_condense import condense
+from hardkv_sglang.kernels import reference_condense
 from hardkv_sglang.lifecycle import CondenseOp, ObserveOp, SelectOp, StepPlan
 from hardkv_sglang.memory_pool.layout import head_pages_needed
 from hardkv_sglang.memory_pool.tables import DeviceTables
@@ -46,24 +46,40 @@ class EventExecutor:
         self.req_to_token = req_to_token  # [R, max_context_len] int32
         self.tp_group = tp_group
         self.policy = make_policy(cfg.options)
+        self.condense = self._condense_on_gpu if req_to_token.is_cuda else self._condense_reference
 
     def run(self, plan: StepPlan) -> list[SelectReport]:
         """Execute a plan; returns one report per select event, readable once the step's results are."""
         for observe in plan.observes:
             self._observe(observe)
-        for op in plan.condenses:
-            self._condense(op)
+        if plan.condenses:
+            self._condense(plan.condenses)
         return [self._select(op) for op in plan.selects]
 
     def _observe(self, op: ObserveOp) -> None:
         self.tables.observe_from[op.row] = op.observe_from
 
-    def _condense(self, op: CondenseOp) -> None:
+    def _condense(self, ops: list[CondenseOp]) -> None:
         page_size = self.cfg.layout.page_size
-        new_pages = op.slots[::page_size] // page_size
-        condense(self.k_storage, self.v_storage, self.cfg.layout, self.tables, self.req_to_token, op.row, new_pages)
-        # the freed slots may be someone else's from this step on: a stray reader must hit the padding page
-        self.req_to_token[op.row, op.start : op.end] = 0
+        pages = [op.slots[::page_size] // page_size for op in ops]
+        self.condense(ops, pages)
+        for op in ops:
+            # the freed slots may be someone else's from this step on: a stray reader must hit the padding page
+            self.req_to_token[op.row, op.start : op.end] = 0
+
+    def _condense_reference(self, ops: list[CondenseOp], pages: list[torch.Tensor]) -> None:
+        for op, new_pages in zip(ops, pages, strict=True):
+            reference_condense.condense(
+                self.k_storage, self.v_storage, self.cfg.layout, self.tables, self.req_to_token, op.row, new_pages
+            )
+
+    def _condense_on_gpu(self, ops: list[CondenseOp], pages: list[torch.Tensor]) -> None:
+        from hardkv_sglang.kernels.condense import condense
+
+        device = self.req_to_token.device
+        rows = torch.tensor([op.row for op in ops], pin_memory=True).to(device, non_blocking=True)
+        new_pages = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
+        condense(self.k_storage, self.v_storage, self.cfg.layout, self.tables, self.req_to_token, rows, new_pages)
 
     def _select(self, op: SelectOp) -> SelectReport:
         tables, layout = self.tables, self.cfg.layout

@@ -9,6 +9,7 @@ import torch
 
 from hardkv_sglang import compat
 from hardkv_sglang.admission import MEASURED_AFTER, PRIOR_KEPT_FRACTION, FootprintEstimator
+from hardkv_sglang.backends import TieredBackend, install_backend
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SelectReport
 from hardkv_sglang.lifecycle import LifecyclePlanner, ObserveOp, RequestState, StepPlan
@@ -29,6 +30,7 @@ class HardKVRuntime:
     planner: LifecyclePlanner
     executor: EventExecutor
     footprint: FootprintEstimator
+    backend: TieredBackend
 
     def __init__(self, options: HardKVConfig) -> None:
         self.options = options
@@ -38,8 +40,6 @@ class HardKVRuntime:
 
     def attach(self, model_runner: Any) -> None:
         """Allocate tables and take over decode attention. Call before CUDA graphs are captured."""
-        from hardkv_sglang.backend import install_backend
-
         pool, layout = model_runner.token_to_kv_pool, model_runner.token_to_kv_pool.head_page_layout
         req_to_token = model_runner.req_to_token_pool.req_to_token
         attention = compat.attention_layers(model_runner.model)[0]
@@ -62,7 +62,7 @@ class HardKVRuntime:
             req_to_token,
             compat.tensor_parallel_group(),
         )
-        install_backend(model_runner, self.cfg, self.tables)
+        self.backend = install_backend(model_runner, self.cfg, self.tables)
         logger.info(
             "HARD-KV: %s, %d rows, tables %.2f GB beside the pool",
             self.options, self.cfg.num_rows, self.tables.num_bytes / 1e9,
@@ -107,7 +107,15 @@ class HardKVRuntime:
         reports = [report for plan in plans for report in self.executor.run(plan)]
         if batch.forward_mode.is_extend():
             self.executor.reset(batch.req_pool_indices)
+        else:
+            self.backend.set_hidden_tokens(
+                torch.tensor([self._hidden_tokens(r) for r in batch.reqs], dtype=torch.int32)
+            )
         return reports
+
+    def _hidden_tokens(self, req: Any) -> int:
+        state = self.states.get(req.rid)
+        return state.recent_start - state.prefix_end if state is not None and state.is_compressed else 0
 
     def settle(self, reports: list[SelectReport]) -> None:
         """Take over the counts of select events whose step has been waited for."""

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from hardkv_sglang.kernels import EMPTY_LSE2
-from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace
 
 EMPTY = tl.constexpr(EMPTY_LSE2)
 
@@ -28,89 +27,67 @@ def merge_pair(b_o, b_lse2, b_o_other, b_lse2_other):
     return b_merged, b_top + tl.log2(b_total)
 
 
-@triton.jit(do_not_specialize=["i_l"])
-def merge_splits_kernel(
+@triton.jit
+def reduce_splits(
     partial_o,
     partial_lse2,
-    split_indptr,
-    o_dense,
-    lse2_dense,
-    o,
-    lse2,
-    i_l,
-    max_lists,
+    i_first,
+    num_splits,
     G: tl.constexpr,
     D: tl.constexpr,
     BG: tl.constexpr,
-    BS: tl.constexpr,
-    HAS_DENSE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    i_list = tl.program_id(0).to(tl.int64)
-    p_indptr = split_indptr + tl.cast(i_l, tl.int64) * (max_lists + 1) + i_list
-    first, end = tl.load(p_indptr), tl.load(p_indptr + 1)
+    """Merge the partial states of one list, in order; returns `[BG, D]` and `[BG]` in float32."""
     o_g = tl.arange(0, BG)
-    o_d = tl.arange(0, D)
-    m_g = o_g < G
+    o_gd = o_g[:, None] * D + tl.arange(0, D)[None, :]
     b_top = tl.full([BG], EMPTY, tl.float32)
     b_total = tl.zeros([BG], tl.float32)
     b_acc = tl.zeros([BG, D], tl.float32)
-    for i_s in range(first, end, BS):
-        # [BS, BG] rows of the partial results
-        o_s = (i_s + tl.arange(0, BS)).to(tl.int64)[:, None]
-        m_s = (o_s < end) & m_g[None, :]
-        o_row = o_s * G + o_g[None, :]
-        b_lse2 = tl.load(partial_lse2 + o_row, mask=m_s, other=EMPTY)
-        p_o = partial_o + o_row[:, :, None] * D + o_d[None, None, :]
-        b_o = tl.load(p_o, mask=m_s[:, :, None], other=0.0)
-        b_new = tl.maximum(b_top, tl.max(b_lse2, 0))
-        b_old = tl.exp2(b_top - b_new)
-        b_w = tl.where(m_s, tl.exp2(b_lse2 - b_new[None, :]), 0.0)
-        b_total = b_total * b_old + tl.sum(b_w, 0)
-        # [BS, BG, D] -> [BG, D]
-        b_acc = b_acc * b_old[:, None] + tl.sum(b_o * b_w[:, :, None], 0)
-        b_top = b_new
-    # a list is empty by its length, whatever its partial results
-    b_total = tl.where(m_g & (end > first), b_total, 1.0)
-    b_o_list = b_acc * (1.0 / b_total)[:, None]
-    b_lse2_list = b_top + tl.log2(b_total)
+    for i_s in range(0, num_splits, UNROLL):
+        # unrolled, so that all loads are in flight before the first is needed
+        for i_u in tl.static_range(UNROLL):
+            m_g = (o_g < G) & (i_s + i_u < num_splits)
+            o_part = (i_first + i_s + i_u).to(tl.int64) * G
+            # other multiprocessors wrote these: read around the L1 cache
+            b_lse2 = tl.load(partial_lse2 + o_part + o_g, mask=m_g, other=EMPTY, cache_modifier=".cg")
+            b_o = tl.load(partial_o + o_part * D + o_gd, mask=m_g[:, None], other=0.0, cache_modifier=".cg")
+            b_new = tl.maximum(b_top, b_lse2)
+            b_old, b_w = tl.exp2(b_top - b_new), tl.exp2(b_lse2 - b_new)
+            b_total = b_total * b_old + b_w
+            b_acc = b_acc * b_old[:, None] + b_o * b_w[:, None]
+            b_top = b_new
+    return b_acc * (1.0 / b_total)[:, None], b_top + tl.log2(b_total)
+
+
+@triton.jit
+def store_state(
+    b_o,
+    b_lse2,
+    i_list,
+    o,
+    lse2,
+    o_dense,
+    lse2_dense,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BG: tl.constexpr,
+    HAS_DENSE: tl.constexpr,
+):
+    """Write the state `[BG, D]`, `[BG]` of one list, merged with the dense state if there is one."""
+    o_g = tl.arange(0, BG)
+    m_g = o_g < G
     # query heads of a list are adjacent: head index h * G + g
-    o_hq = i_list * G + o_g
-    o_od = o_hq[:, None] * D + o_d[None, :]
+    o_hq = i_list.to(tl.int64) * G + o_g
+    o_od = o_hq[:, None] * D + tl.arange(0, D)[None, :]
     if HAS_DENSE:
         b_o_dense = tl.load(o_dense + o_od, mask=m_g[:, None], other=0.0).to(tl.float32)
         b_lse2_dense = tl.load(lse2_dense + o_hq, mask=m_g, other=EMPTY)
-        b_o_list, b_lse2_list = merge_pair(b_o_list, b_lse2_list, b_o_dense, b_lse2_dense)
-    tl.store(o + o_od, b_o_list.to(o.dtype.element_ty), mask=m_g[:, None])
-    tl.store(lse2 + o_hq, b_lse2_list, mask=m_g)
-
-
-def merge_splits(workspace: RaggedWorkspace, layer: int, out: State, dense: State | None) -> None:
-    """Merge the partial results of one layer's lists, and the dense state if there is one, into `out`.
-
-    out: state to write, any float dtype; dense: state over other tokens, may be `out` itself.
-    Guarantees: one launch, no allocation, no sync; splits are summed in list order.
-    """
-    o, lse2 = out
-    o_dense, lse2_dense = out if dense is None else dense
-    B, HQ, D = o.shape
-    G = workspace.partial_o.shape[1]
-    merge_splits_kernel[(B * HQ // G,)](
-        workspace.partial_o,
-        workspace.partial_lse2,
-        workspace.split_indptr,
-        o_dense,
-        lse2_dense,
-        o,
-        lse2,
-        i_l=layer,
-        max_lists=workspace.max_lists,
-        G=G,
-        D=D,
-        BG=triton.next_power_of_2(G),
-        BS=8,
-        HAS_DENSE=dense is not None,
-        num_warps=4,
-    )
+        # the output may be the dense state itself: no thread may write before all have read
+        tl.debug_barrier()
+        b_o, b_lse2 = merge_pair(b_o, b_lse2, b_o_dense, b_lse2_dense)
+    tl.store(o + o_od, b_o.to(o.dtype.element_ty), mask=m_g[:, None])
+    tl.store(lse2 + o_hq, b_lse2, mask=m_g)
 
 
 @triton.jit
@@ -133,6 +110,8 @@ def merge_states_kernel(
     b_o_b = tl.load(o_b + o_nd, mask=m_n[:, None], other=0.0).to(tl.float32)
     b_lse2_a = tl.load(lse2_a + o_n, mask=m_n, other=EMPTY)
     b_lse2_b = tl.load(lse2_b + o_n, mask=m_n, other=EMPTY)
+    # the output may be an input: no thread may write before all have read
+    tl.debug_barrier()
     b_o, b_lse2 = merge_pair(b_o_a, b_lse2_a, b_o_b, b_lse2_b)
     tl.store(o + o_nd, b_o.to(o.dtype.element_ty), mask=m_n[:, None])
     tl.store(lse2 + o_n, b_lse2, mask=m_n)

@@ -1,9 +1,9 @@
 """Decode attention over the condensed and sparse lists of a batch: split-KV on a persistent grid.
 
-Three kernels. `plan_ragged_decode`, once per step, cuts the lists of all layers into splits. `ragged_decode`, per
-layer, runs a persistent grid over the splits, then merges the splits of each list, and the dense state if there
-is one. The splits of a list depend on its length alone and are merged in order: results are bit-equal between
-runs, and do not depend on what else is in the batch.
+`plan_ragged_decode`, once per step, cuts the lists of all layers into splits. `ragged_decode`, one launch per
+layer, runs a persistent grid over them; the program that finishes a list last merges its splits, and the dense
+state if there is one. The splits of a list depend on its length alone and are merged in order, whoever does it:
+results are bit-equal between runs, and do not depend on what else is in the batch.
 """
 
 # mypy: allow-untyped-defs
@@ -16,35 +16,23 @@ import torch
 import triton
 import triton.language as tl
 
-from hardkv_sglang.kernels.merge import EMPTY, State, merge_splits
-from hardkv_sglang.kernels.ragged_plan import ITEM_FIELDS, RaggedWorkspace
+from hardkv_sglang.kernels.merge import EMPTY, State, reduce_splits, store_state
+from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, load_item
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
 
 @triton.jit
-def load_item(items, i_item):
-    """Fields of one work item: list, row, start, end, condensed tokens, first head page."""
-    p_item = items + i_item * ITEM_FIELDS
-    i_list, row, start = tl.load(p_item), tl.load(p_item + 1).to(tl.int64), tl.load(p_item + 2)
-    return i_list, row, start, tl.load(p_item + 3), tl.load(p_item + 4), tl.load(p_item + 5)
+def load_page(i_n, end, first_page, p_pages, COLUMNS: tl.constexpr, PS: tl.constexpr):
+    """Token page that holds condensed token `i_n`, a scalar; 0 at or past `end`."""
+    return tl.load(p_pages + (first_page + i_n // PS) // COLUMNS, mask=i_n < end, other=0)
 
 
 @triton.jit
-def head_page_row(i_n, end, first_page, p_pages, num_slots, H: tl.constexpr, COLUMNS: tl.constexpr, PS: tl.constexpr):
-    """Storage row (int64) of condensed token `i_n`, a scalar; later rows of its page follow at stride H."""
-    i_seq = first_page + i_n // PS
-    page = tl.load(p_pages + i_seq // COLUMNS, mask=i_n < end, other=0).to(tl.int64)
-    i_column = i_seq % COLUMNS
-    return ((i_column // H) * num_slots + page * PS + i_n % PS) * H + i_column % H
-
-
-@triton.jit
-def sparse_rows(b_index, m_index, p_positions, p_slots, i_l, i_h, num_slots, H: tl.constexpr):
-    """Storage rows (int64) of entries `b_index` of the sparse list of (i_l, i_h)."""
-    b_position = tl.load(p_positions + b_index, mask=m_index, other=0)
-    b_slot = tl.load(p_slots + b_position, mask=m_index, other=0).to(tl.int64)
-    return (i_l * num_slots + b_slot) * H + i_h
+def page_row(page, i_n, first_page, num_slots, H: tl.constexpr, COLUMNS: tl.constexpr, PS: tl.constexpr):
+    """Storage row (int64) of condensed token `i_n`; the rest of its head page follows at stride H."""
+    i_column = (first_page + i_n // PS) % COLUMNS
+    return ((i_column // H).to(tl.int64) * num_slots + page.to(tl.int64) * PS + i_n % PS) * H + i_column % H
 
 
 @triton.jit
@@ -67,17 +55,20 @@ def ragged_decode_kernel(
     q,
     k,
     v,
+    o,
+    lse2,
+    o_dense,
+    lse2_dense,
     items,
-    split_indptr,
+    num_items,
     partial_o,
     partial_lse2,
+    arrivals,
     condensed_pages,
     sparse_positions,
     req_to_token,
     scale_log2,
     i_l,
-    num_lists,
-    max_lists,
     max_items,
     num_rows,
     num_slots,
@@ -92,6 +83,8 @@ def ragged_decode_kernel(
     PS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BG: tl.constexpr,
+    HAS_DENSE: tl.constexpr,
 ):
     i_l = tl.cast(i_l, tl.int64)
     o_m = tl.arange(0, BM)
@@ -101,56 +94,76 @@ def ragged_decode_kernel(
     BP: tl.constexpr = min(BN, PS)
     # [BN, D], rows of a head page lie H rows apart
     o_block = o_n[:, None] * (H * D) + o_d[None, :]
-    num_items = tl.load(split_indptr + i_l * (max_lists + 1) + num_lists)
     # fields are read one item ahead, which may be a stale item past the last: a valid address, never used
     item = load_item(items, i_l * max_items + tl.program_id(0))
-    for i_item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        i_list, row, start, end, num_condensed, first_page = item
+    for i_item in range(tl.program_id(0), tl.load(num_items + i_l), tl.num_programs(0)):
+        i_list, row, start, end, num_condensed, first_page, first_item, num_splits = item
         item = load_item(items, i_l * max_items + tl.minimum(i_item + tl.num_programs(0), max_items - 1))
         i_b, i_h = (i_list // H).to(tl.int64), i_list % H
         p_pages = condensed_pages + row * max_pages
+        p_positions = sparse_positions + ((i_l * num_rows + row) * H + i_h) * max_span
+        p_slots = req_to_token + row * stride_req
         b_top = tl.full([BM], EMPTY, tl.float32)
         b_total = tl.zeros([BM], tl.float32)
         b_acc = tl.zeros([BM, D], tl.float32)
-        # Addresses are made one block ahead, so that the pipeliner only has to overlap the loads of K and V.
-        # Unused memory may hold NaN: it must not be read even with weight zero.
         end_condensed = tl.minimum(end, num_condensed)
-        i_row = head_page_row(start, end_condensed, first_page, p_pages, num_slots, H, COLUMNS, PS)
-        i_row_next = head_page_row(start + BP, end_condensed, first_page, p_pages, num_slots, H, COLUMNS, PS)
+        start_sparse, end_sparse = tl.maximum(start - num_condensed, 0), end - num_condensed
+        # Pages, positions and slots are loaded one block before their use, so that no block waits for them
+        # and the pipeliner has to overlap only the loads of K and V.
+        b_index = start_sparse + o_n
+        b_position = tl.load(p_positions + b_index, mask=b_index < end_sparse, other=0)
+        page = load_page(start, end_condensed, first_page, p_pages, COLUMNS, PS)
+        page_next = load_page(start + BP, end_condensed, first_page, p_pages, COLUMNS, PS)
         # [BM, D], the query group of this KV head, padded to one tensor-core tile
         p_q = q + i_b * stride_q + (i_h * G + o_m)[:, None] * D + o_d[None, :]
         b_q = tl.load(p_q, mask=m_m[:, None], other=0.0)
+        b_slot = tl.load(p_slots + b_position, mask=b_index < end_sparse, other=0)
         for i_n in range(start, end_condensed, BN):
+            # unused memory may hold NaN: it must not be read even with weight zero
             m_n = i_n + o_n < end_condensed
+            i_row = page_row(page, i_n, first_page, num_slots, H, COLUMNS, PS)
             if BN > BP:
-                o_kv = tl.where(o_n < BP, i_row, i_row_next - BP * H)[:, None] * D + o_block
+                i_row_next = page_row(page_next, i_n + BP, first_page, num_slots, H, COLUMNS, PS) - BP * H
+                o_kv = tl.where(o_n < BP, i_row, i_row_next)[:, None] * D + o_block
             else:
                 o_kv = i_row * D + o_block
             b_k = tl.load(k + o_kv, mask=m_n[:, None], other=0.0)
             b_v = tl.load(v + o_kv, mask=m_n[:, None], other=0.0)
-            i_row = head_page_row(i_n + BN, end_condensed, first_page, p_pages, num_slots, H, COLUMNS, PS)
+            page = load_page(i_n + BN, end_condensed, first_page, p_pages, COLUMNS, PS)
             if BN > BP:
-                i_row_next = head_page_row(i_n + BN + BP, end_condensed, first_page, p_pages, num_slots, H, COLUMNS, PS)
+                page_next = load_page(i_n + BN + BP, end_condensed, first_page, p_pages, COLUMNS, PS)
             b_top, b_total, b_acc = attend_block(b_q, b_k, b_v, m_n, b_top, b_total, b_acc, scale_log2)
-        start_sparse, end_sparse = tl.maximum(start - num_condensed, 0), end - num_condensed
         if start_sparse < end_sparse:
-            p_positions = sparse_positions + ((i_l * num_rows + row) * H + i_h) * max_span
-            p_slots = req_to_token + row * stride_req
-            b_index = start_sparse + o_n
-            b_row = sparse_rows(b_index, b_index < end_sparse, p_positions, p_slots, i_l, i_h, num_slots, H)
+            b_index += BN
+            b_position = tl.load(p_positions + b_index, mask=b_index < end_sparse, other=0)
             for i_n in range(start_sparse, end_sparse, BN):
                 m_n = i_n + o_n < end_sparse
+                b_row = (i_l * num_slots + b_slot) * H + i_h
                 o_kv = b_row[:, None] * D + o_d[None, :]
                 b_k = tl.load(k + o_kv, mask=m_n[:, None], other=0.0)
                 b_v = tl.load(v + o_kv, mask=m_n[:, None], other=0.0)
                 b_index = i_n + BN + o_n
-                b_row = sparse_rows(b_index, b_index < end_sparse, p_positions, p_slots, i_l, i_h, num_slots, H)
+                b_slot = tl.load(p_slots + b_position, mask=b_index < end_sparse, other=0)
+                b_index += BN
+                b_position = tl.load(p_positions + b_index, mask=b_index < end_sparse, other=0)
                 b_top, b_total, b_acc = attend_block(b_q, b_k, b_v, m_n, b_top, b_total, b_acc, scale_log2)
-        # an item is never empty, so b_total is positive in every row of the tile
-        o_part = tl.cast(i_item, tl.int64) * G + o_m
+        b_total = tl.where(end > start, b_total, 1.0)
         b_o = b_acc * (1.0 / b_total)[:, None]
-        tl.store(partial_o + o_part[:, None] * D + o_d[None, :], b_o, mask=m_m[:, None])
-        tl.store(partial_lse2 + o_part, b_top + tl.log2(b_total), mask=m_m)
+        b_lse2 = b_top + tl.log2(b_total)
+        if num_splits == 1:
+            store_state(b_o, b_lse2, i_list, o, lse2, o_dense, lse2_dense, G, D, BM, HAS_DENSE)
+        else:
+            o_part = tl.cast(i_item, tl.int64) * G + o_m
+            tl.store(partial_o + o_part[:, None] * D + o_d[None, :], b_o, mask=m_m[:, None])
+            tl.store(partial_lse2 + o_part, b_lse2, mask=m_m)
+            # every thread's stores come before the release, which makes them visible to the last to arrive
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals + i_list, 1, sem="release")
+            if arrived == num_splits - 1:
+                tl.atomic_xchg(arrivals + i_list, 0, sem="acquire")
+                tl.debug_barrier()
+                b_o_list, b_lse2_list = reduce_splits(partial_o, partial_lse2, first_item, num_splits, G, D, BG, 8)
+                store_state(b_o_list, b_lse2_list, i_list, o, lse2, o_dense, lse2_dense, G, D, BG, HAS_DENSE)
 
 
 @dataclass(frozen=True)
@@ -192,7 +205,7 @@ def ragged_decode(
     req_to_token: [R, T] integer slots; k_storage, v_storage: [L, S, H, D] contiguous, the whole pool; q: [B, HQ, D],
     D 64, 128 or 256, strided in B at most; out: (o [B, HQ, D], any float dtype, lse2 [B, HQ] float32) to write;
     dense: such a state over other tokens, may be `out` itself.
-    Guarantees: two launches, graph-safe, no allocation, no sync; deterministic; float32 accumulation. A request
+    Guarantees: one launch, graph-safe, no allocation, no sync; deterministic; float32 accumulation. A request
     without listed tokens gets zeros and `EMPTY_LSE2`, or bit by bit its dense state.
     """
     B, HQ, D = q.shape
@@ -211,17 +224,18 @@ def ragged_decode(
         q,
         k_storage,
         v_storage,
+        *out,
+        *(dense or out),
         workspace.items,
-        workspace.split_indptr,
+        workspace.num_items,
         workspace.partial_o,
         workspace.partial_lse2,
+        workspace.arrivals,
         tables.condensed_pages,
         tables.sparse_positions,
         req_to_token,
         scale_log2=scale * math.log2(math.e),
         i_l=layer,
-        num_lists=B * H,
-        max_lists=workspace.max_lists,
         max_items=workspace.items.shape[1],
         num_rows=tables.num_condensed.shape[1],
         num_slots=layout.num_slots,
@@ -236,7 +250,8 @@ def ragged_decode(
         PS=layout.page_size,
         BM=max(16, triton.next_power_of_2(HQ // H)),
         BN=min(tuning.block_tokens, 2 * layout.page_size),
+        BG=triton.next_power_of_2(HQ // H),
+        HAS_DENSE=dense is not None,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )
-    merge_splits(workspace, layer, out, dense)

@@ -19,7 +19,7 @@ MAX_SPLITS = 32
 """Lists past `MAX_SPLITS * SPLIT_TOKENS` get longer splits instead, which bounds the partial results."""
 
 SPLIT_ALIGN = tl.constexpr(64)  # at least the page size, so that a split starts at a page
-ITEM_FIELDS = tl.constexpr(6)
+ITEM_FIELDS = tl.constexpr(8)
 
 
 @triton.jit
@@ -33,10 +33,13 @@ def load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H
 
 @triton.jit
 def split_geometry(b_len, SPLIT: tl.constexpr, SPLITS: tl.constexpr):
-    """Number of splits (0 for an empty list) and tokens per split, from the length alone."""
+    """Number of splits and tokens per split, from the length alone.
+
+    An empty list has one empty split, because somebody has to write its output.
+    """
     b_splits = tl.minimum(tl.maximum(tl.cdiv(b_len, SPLIT), 1), SPLITS)
     b_size = tl.maximum(tl.cdiv(tl.cdiv(b_len, b_splits), SPLIT_ALIGN), 1) * SPLIT_ALIGN
-    return tl.cdiv(b_len, b_size), b_size
+    return tl.maximum(tl.cdiv(b_len, b_size), 1), b_size
 
 
 @triton.jit
@@ -46,11 +49,10 @@ def plan_kernel(
     first_page,
     num_sparse,
     items,
-    split_indptr,
+    num_items,
     num_lists,
     num_rows,
     max_items,
-    max_lists,
     H: tl.constexpr,
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -66,21 +68,20 @@ def plan_kernel(
         o_list = i_list + tl.arange(0, BB)
         m_list = o_list < first_list
         _, _, _, b_len = load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H)
-        b_before += split_geometry(b_len, SPLIT, SPLITS)[0]
+        b_before += tl.where(m_list, split_geometry(b_len, SPLIT, SPLITS)[0], 0)
     o_list = first_list + tl.arange(0, BL)
     m_list = o_list < num_lists
     b_row, o_table, b_condensed, b_len = load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H)
     b_first_page = tl.load(first_page + o_table, mask=m_list, other=0)
     b_splits, b_size = split_geometry(b_len, SPLIT, SPLITS)
-    b_end = tl.sum(b_before, 0) + tl.cumsum(b_splits, 0)
-    p_indptr = split_indptr + i_l * (max_lists + 1)
-    tl.store(p_indptr + o_list + 1, b_end, mask=m_list)
-    if first_list == 0:
-        tl.store(p_indptr, 0)
+    b_splits = tl.where(m_list, b_splits, 0)
+    b_first_item = tl.sum(b_before, 0) + tl.cumsum(b_splits, 0) - b_splits
+    if first_list + BL >= num_lists:
+        tl.store(num_items + i_l, tl.max(b_first_item + b_splits, 0))
     # [BL, BS] items
     o_split = tl.arange(0, BS)[None, :]
     m_item = o_split < b_splits[:, None]
-    b_item = (b_end - b_splits).to(tl.int64)[:, None] + o_split
+    b_item = b_first_item.to(tl.int64)[:, None] + o_split
     p_item = items + (i_l * max_items + b_item) * ITEM_FIELDS
     b_start = o_split * b_size[:, None]
     tl.store(p_item, o_list[:, None], mask=m_item)
@@ -89,16 +90,29 @@ def plan_kernel(
     tl.store(p_item + 3, tl.minimum(b_start + b_size[:, None], b_len[:, None]), mask=m_item)
     tl.store(p_item + 4, b_condensed[:, None], mask=m_item)
     tl.store(p_item + 5, b_first_page[:, None], mask=m_item)
+    tl.store(p_item + 6, b_first_item[:, None], mask=m_item)
+    tl.store(p_item + 7, b_splits[:, None], mask=m_item)
+
+
+@triton.jit
+def load_item(items, i_item):
+    """Fields of one work item: list, row, start, end, condensed tokens, first head page, first item, splits."""
+    p_item = items + i_item * ITEM_FIELDS
+    i_list, row, start = tl.load(p_item), tl.load(p_item + 1).to(tl.int64), tl.load(p_item + 2)
+    end, num_condensed, first_page = tl.load(p_item + 3), tl.load(p_item + 4), tl.load(p_item + 5)
+    return i_list, row, start, end, num_condensed, first_page, tl.load(p_item + 6), tl.load(p_item + 7)
 
 
 @dataclass(frozen=True)
 class RaggedWorkspace:
     """Device memory of the op, shared by all layers and all batch sizes of one stream; the caller owns it."""
 
-    items: torch.Tensor  # [L, N, 6] int32, one split each: list, row, start, end, condensed tokens, first page
-    split_indptr: torch.Tensor  # [L, max_batch * H + 1] int32, items of each list
+    items: torch.Tensor  # [L, N, 8] int32, one split each: list, row, start, end, condensed tokens, first page,
+    # first item of the list, splits of the list
+    num_items: torch.Tensor  # [L] int32
     partial_o: torch.Tensor  # [N, G, D] float32
     partial_lse2: torch.Tensor  # [N, G] float32
+    arrivals: torch.Tensor  # [max_batch * H] int32, finished splits of each list; zero between launches
     max_splits: int
     num_multiprocessors: int
 
@@ -125,9 +139,10 @@ class RaggedWorkspace:
 
         return cls(
             items=zeros(L, N, ITEM_FIELDS.value),
-            split_indptr=zeros(L, max_lists + 1),
+            num_items=zeros(L),
             partial_o=zeros(N, G, layout.head_dim, kind=torch.float32),
             partial_lse2=zeros(N, G, kind=torch.float32),
+            arrivals=zeros(max_lists),
             max_splits=max_splits,
             num_multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1,
         )
@@ -135,12 +150,12 @@ class RaggedWorkspace:
     @property
     def max_lists(self) -> int:
         """Most lists of one batch."""
-        return self.split_indptr.shape[1] - 1
+        return self.arrivals.numel()
 
     @property
     def num_bytes(self) -> int:
         """Device memory of the workspace, in bytes."""
-        tensors = (self.items, self.split_indptr, self.partial_o, self.partial_lse2)
+        tensors = (self.items, self.num_items, self.partial_o, self.partial_lse2, self.arrivals)
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -165,11 +180,10 @@ def plan_ragged_decode(
         tables.first_page,
         tables.num_sparse,
         workspace.items,
-        workspace.split_indptr,
+        workspace.num_items,
         num_lists=num_lists,
         num_rows=tables.num_condensed.shape[1],
         max_items=workspace.items.shape[1],
-        max_lists=workspace.max_lists,
         H=layout.num_kv_heads,
         SPLIT=SPLIT_TOKENS,
         SPLITS=workspace.max_splits,

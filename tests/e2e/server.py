@@ -8,9 +8,17 @@ from types import MappingProxyType
 
 from hardkv_sglang.server_process import Flags, ServerError, ServerProcess
 
-# enough for a handful of requests of the demo model's full context, 180 MB of K and V in float32
+# enough for a handful of requests of the demo model's full context, 180 MB of K and V in float32; an idle server that
+# does not sleep would keep a whole core from the one that is being tested
 DEFAULT_FLAGS: Flags = MappingProxyType(
-    {"dtype": "float32", "page-size": 32, "max-total-tokens": 8192, "max-running-requests": 16, "random-seed": 0}
+    {
+        "dtype": "float32",
+        "page-size": 32,
+        "max-total-tokens": 8192,
+        "max-running-requests": 16,
+        "random-seed": 0,
+        "sleep-on-idle": True,
+    }
 )
 
 

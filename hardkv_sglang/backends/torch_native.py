@@ -1,8 +1,4 @@
-"""Decode attention over the tiers, as subclasses of SGLang's attention backends.
-
-The existing backend instance is re-classed in place after SGLang built it: prefill, prefix caching and every check
-of the backend's name or type stay SGLang's.
-"""
+"""Decode attention over the tiers on top of SGLang's `torch_native` backend: the reference path, on a CPU."""
 
 from __future__ import annotations
 
@@ -35,6 +31,15 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
     hardkv_cfg: ResolvedConfig
     hardkv_tables: DeviceTables
     hardkv_rows: list[DecodeRow]
+
+    def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
+        """See `backends.TieredBackend`."""
+        self.hardkv_cfg = cfg
+        self.hardkv_tables = tables
+        self.hardkv_rows = []
+
+    def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
+        """Nothing to do: this backend plans on the device's own tables."""
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Read each request's tiers once per step."""
@@ -104,19 +109,3 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
             index = (request.seq_len - 1) % self.hardkv_cfg.options.query_window
             tables.query_ring[layer.layer_id, request.row, index] = q
             tables.lse2_ring[layer.layer_id, request.row, index] = state[1]
-
-
-def install_backend(model_runner: Any, cfg: ResolvedConfig, tables: DeviceTables) -> None:
-    """Re-class the runner's decode attention backend in place.
-
-    Raises `TypeError` when the backend is not exactly one that we extend.
-    """
-    backend = model_runner.attn_backend
-    if type(backend) is not TorchNativeAttnBackend:
-        raise TypeError(
-            f"HARD-KV cannot serve decode through {type(backend).__name__}; use --attention-backend torch_native"
-        )
-    backend.__class__ = HardKVTorchNativeBackend
-    backend.hardkv_cfg = cfg
-    backend.hardkv_tables = tables
-    backend.hardkv_rows = []

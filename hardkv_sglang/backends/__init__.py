@@ -1,0 +1,43 @@
+"""Decode attention over the tiers, as subclasses of SGLang's attention backends.
+
+The existing backend instance is re-classed in place after SGLang built it: prefill, prefix caching and every
+check of the backend's name or type stay SGLang's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from hardkv_sglang.config import ResolvedConfig
+from hardkv_sglang.memory_pool.tables import DeviceTables
+
+
+class TieredBackend(Protocol):
+    """What the runtime asks of a re-classed backend."""
+
+    def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
+        """Take over the tables; called once, before CUDA graphs are captured."""
+
+    def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
+        """Tokens of each request outside its dense tiers, [B] int32 on the host, for the next decode step."""
+
+
+def install_backend(model_runner: Any, cfg: ResolvedConfig, tables: DeviceTables) -> TieredBackend:
+    """Re-class the runner's attention backend in place and return it.
+
+    Raises `TypeError` when the backend is not exactly one that we extend.
+    """
+    backend = model_runner.attn_backend
+    name = f"{type(backend).__module__}.{type(backend).__qualname__}"
+    if name == "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend":
+        from hardkv_sglang.backends.torch_native import HardKVTorchNativeBackend as Tiered
+    elif name == "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend":
+        from hardkv_sglang.backends.flashinfer import HardKVFlashInferBackend as Tiered
+    else:
+        raise TypeError(f"HARD-KV cannot serve decode through {name}; use --attention-backend flashinfer")
+    backend.__class__ = Tiered
+    backend.attach_hardkv(cfg, tables, model_runner.req_to_token_pool.size)
+    tiered: TieredBackend = backend
+    return tiered

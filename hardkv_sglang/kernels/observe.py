@@ -1,0 +1,77 @@
+"""Observation ring: queries and merged LSE of the decode steps that the next select event will read."""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hardkv_sglang.memory_pool.tables import DeviceTables
+
+
+@triton.jit(do_not_specialize=["i_l"])
+def observe_kernel(
+    q,
+    lse2,
+    rows,
+    seq_lens,
+    observe_from,
+    query_ring,
+    lse2_ring,
+    i_l,
+    num_rows,
+    stride_q,
+    HQ: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BH: tl.constexpr,
+):
+    i_b, i_block = tl.program_id(0), tl.program_id(1)
+    row = tl.load(rows + i_b).to(tl.int64)
+    position = tl.load(seq_lens + i_b).to(tl.int64) - 1
+    if position >= tl.load(observe_from + row):
+        o_h = i_block * BH + tl.arange(0, BH)
+        m_h = o_h < HQ
+        o_d = tl.arange(0, D)
+        o_ring = ((tl.cast(i_l, tl.int64) * num_rows + row) * W + position % W) * HQ + o_h
+        # shape [BH, D]
+        b_q = tl.load(q + i_b.to(tl.int64) * stride_q + o_h[:, None] * D + o_d[None, :], mask=m_h[:, None])
+        tl.store(query_ring + o_ring[:, None] * D + o_d[None, :], b_q, mask=m_h[:, None])
+        b_lse2 = tl.load(lse2 + i_b * HQ + o_h, mask=m_h)
+        tl.store(lse2_ring + o_ring, b_lse2, mask=m_h)
+
+
+def observe(
+    tables: DeviceTables,
+    layer: int,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    q: torch.Tensor,
+    lse2: torch.Tensor,
+) -> None:
+    """Record the step's queries of requests whose position has reached `observe_from`, in place in the ring.
+
+    rows: [B] integer; seq_lens: [B] integer, the new token included; q: [B, HQ, D] after RoPE, contiguous in its
+    last two axes; lse2: [B, HQ] float32 contiguous. One launch, no sync, graph-safe. Row 0 never records: its
+    `observe_from` stays at the largest int32.
+    """
+    B, HQ, D = q.shape
+    assert q.stride(1) == D and q.stride(2) == 1 and lse2.is_contiguous(), "q [B, HQ, D], lse2 [B, HQ]"
+    block_heads = min(8, triton.next_power_of_2(HQ))
+    observe_kernel[(B, triton.cdiv(HQ, block_heads))](
+        q,
+        lse2,
+        rows,
+        seq_lens,
+        tables.observe_from,
+        tables.query_ring,
+        tables.lse2_ring,
+        i_l=layer,
+        num_rows=tables.observe_from.numel(),
+        stride_q=q.stride(0),
+        HQ=HQ,
+        D=D,
+        W=tables.query_ring.shape[2],
+        BH=block_heads,
+    )
