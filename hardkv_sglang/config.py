@@ -225,3 +225,18 @@ class ResolvedConfig:
     def max_condensed_pages(self) -> int:
         """Most token pages that one request owns for condensed KV."""
         return self.max_condensed_tokens // self.layout.page_size
+
+
+def options_table() -> str:
+    """The options as a Markdown table, for the README."""
+    lines = ["| option | default | range | unit | meaning |", "|---|---|---|---|---|"]
+    for f in fields(HardKVConfig):
+        allowed = describe_range(f).replace(" | ", ", ")
+        lines.append(
+            f"| `{f.name}` | {json.dumps(f.default)} | {allowed} | {f.metadata['unit']} | {f.metadata['doc']} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(options_table())

@@ -1,0 +1,203 @@
+"""The planner against a page allocator that proves ownership: random lives of many requests."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.lifecycle import COUNT_DELAY, LifecyclePlanner, RequestState
+from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
+from hardkv_sglang.memory_pool.layout import PoolLayout
+
+PAGE = 32
+OPTIONS = HardKVConfig(recent_tokens=32, query_window=16, select_interval=32, condense_interval=64, max_events_per_step=2)
+
+
+class PagePool:
+    """Token pages of a pool and of the rows that requests hold, as `lifecycle.PageAllocator`."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.free = list(range(1, num_pages + 1))
+        self.rows: dict[int, dict[int, int]] = {}  # row -> page index in the row -> token page
+        self.log: list[str] = []
+
+    def alloc_pages(self, num_pages: int) -> list[int] | None:
+        self.log.append("alloc")
+        if num_pages > len(self.free):
+            return None
+        taken, self.free = self.free[:num_pages], self.free[num_pages:]
+        return taken
+
+    def free_pages(self, slots: list[int]) -> None:
+        self.log.append("free")
+        self.free += slots
+
+    def free_row(self, row: int, start: int, end: int) -> None:
+        self.log.append("free")
+        assert start % PAGE == 0
+        for index in range(start // PAGE, -(-end // PAGE)):
+            self.free.append(self.rows[row].pop(index))
+
+    def extend_row(self, row: int, seq_len: int) -> bool:
+        """Make the row hold `seq_len` tokens; False if the pool is full."""
+        pages = self.rows.setdefault(row, {})
+        last = (seq_len - 1) // PAGE
+        if last in pages:
+            return True
+        if not self.free:
+            return False
+        pages[last] = self.free.pop(0)
+        return True
+
+    def check(self, states: list[RequestState], num_pages: int) -> None:
+        owners = {"free": torch.tensor(self.free, dtype=torch.int64)}
+        for row, pages in self.rows.items():
+            owners[f"row {row}"] = torch.tensor(list(pages.values()), dtype=torch.int64)
+        for state in states:
+            owners[f"condensed {state.row}"] = torch.tensor(state.condensed_slots or [], dtype=torch.int64)
+        check_ownership(owners, num_pages)
+
+
+def make_planner(options: HardKVConfig = OPTIONS) -> LifecyclePlanner:
+    layout = PoolLayout(num_layers=2, num_kv_heads=2, head_dim=64, page_size=PAGE, num_slots=PAGE * 401)
+    return LifecyclePlanner(ResolvedConfig(options, layout, 4, 0.125, 64, 4096))
+
+
+def start(planner: LifecyclePlanner, pool: PagePool, row: int, prompt_len: int) -> RequestState:
+    for seq_len in range(1, prompt_len + 1):
+        assert pool.extend_row(row, seq_len)
+    return planner.admit(row, prompt_len, prompt_len // PAGE * PAGE, prompt_len)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), num_pages=st.sampled_from([60, 120, 400]))
+def test_random_lives_conserve_pages(seed: int, num_pages: int) -> None:
+    rng, planner, pool = random.Random(seed), make_planner(), PagePool(num_pages)
+    running: dict[int, tuple[RequestState, int]] = {}
+    waiting: list[tuple[int, RequestState]] = []  # select events whose counts are in flight, by due step
+    for step in range(300):
+        if len(running) < 6 and rng.random() < 0.1 and len(pool.free) > 20:
+            row = next(r for r in range(1, 64) if r not in running)
+            prompt_len = rng.randrange(1, 200)
+            running[row] = (start(planner, pool, row, prompt_len), prompt_len)
+        for due, state in [entry for entry in waiting if entry[0] <= step]:
+            waiting.remove((due, state))
+            if not state.released:
+                candidates = state.longest_list + state.sparse_span
+                counts = [rng.randrange(0, candidates + 1) for _ in range(4)]
+                planner.settle(state, sum(-(-n // PAGE) for n in counts), counts)
+        pool.log.clear()
+        plan = planner.plan(list(running.values()), pool)
+        if "free" in pool.log:
+            assert "alloc" not in pool.log[pool.log.index("free") :]
+        assert len(plan.selects) + len(plan.condenses) <= OPTIONS.max_events_per_step
+        waiting += [(step + rng.choice((1, 2)), op.state) for op in plan.selects]
+        for row, (state, seq_len) in list(running.items()):
+            check_ranges(planner, state, seq_len)
+            if rng.random() < 0.01 or not pool.extend_row(row, seq_len + 1):
+                left = planner.release(state, seq_len, pool)
+                pool.free_row(row, 0, left)
+                del running[row], pool.rows[row]
+            else:
+                running[row] = (state, seq_len + 1)
+        pool.check([state for state, _ in running.values()], num_pages)
+
+
+def check_ranges(planner: LifecyclePlanner, state: RequestState, seq_len: int) -> None:
+    assert state.prefix_end <= state.condensed_end <= state.recent_start
+    assert all(x % PAGE == 0 for x in (state.prefix_end, state.condensed_end, state.recent_start))
+    assert state.sparse_span <= planner.cfg.max_sparse_span
+    if state.is_compressed:
+        assert state.recent_start + OPTIONS.recent_tokens <= seq_len
+
+
+def test_schedule_of_one_request() -> None:
+    planner, pool = make_planner(), PagePool(100)
+    state = start(planner, pool, 1, 40)
+    events = []
+    for seq_len in range(40, 300):
+        if seq_len == state.selected_at + COUNT_DELAY - 1:
+            planner.settle(state, 4, [10, 10, 10, 10])
+        plan = planner.plan([(state, seq_len)], pool)
+        events += [("select", seq_len, op.recent_start) for op in plan.selects]
+        events += [("condense", seq_len, op.end) for op in plan.condenses]
+        pool.extend_row(1, seq_len + 1)
+    # the prefix ends at 64; a select every 32 tokens once 32 have left the window of 32; a condense per 64
+    assert events == [
+        ("select", 128, 96), ("select", 160, 128), ("condense", 162, 128),
+        ("select", 192, 160), ("select", 224, 192), ("condense", 226, 192),
+        ("select", 256, 224), ("select", 288, 256), ("condense", 290, 256),
+    ]  # fmt: skip
+
+
+def test_queries_are_observed_under_one_attended_set() -> None:
+    planner, pool = make_planner(), PagePool(100)
+    state = start(planner, pool, 1, 40)
+    changed_at = 0
+    for seq_len in range(40, 300):
+        if seq_len == state.selected_at + COUNT_DELAY - 1:
+            planner.settle(state, 4, [10, 10, 10, 10])
+        plan = planner.plan([(state, seq_len)], pool)
+        for op in plan.selects:
+            assert op.seq_len - op.first_query == OPTIONS.query_window
+            assert op.first_query >= changed_at
+        if plan.selects or plan.condenses:
+            changed_at = seq_len
+        pool.extend_row(1, seq_len + 1)
+
+
+def test_a_full_pool_postpones_and_later_condenses() -> None:
+    planner, pool = make_planner(), PagePool(10)
+    state, condensed_at = start(planner, pool, 1, 40), []
+    for seq_len in range(40, 256):
+        if seq_len == state.selected_at + COUNT_DELAY - 1:
+            planner.settle(state, 5, [40, 10, 10, 10])
+        hostage, pool.free = (pool.free, []) if seq_len < 200 else ([], pool.free)
+        plan = planner.plan([(state, seq_len)], pool)
+        pool.free += hostage
+        condensed_at += [seq_len] * len(plan.condenses)
+        assert pool.extend_row(1, seq_len + 1)
+    assert condensed_at[0] == 200
+    pool.check([state], 10)
+
+
+def test_retracted_request_starts_over_without_old_queries() -> None:
+    planner = make_planner()
+    # 40 prompt and 300 output tokens re-prefilled: nothing was observed yet
+    state = planner.admit(1, 40, 32, 340)
+    assert (state.prefix_end, state.observe_from) == (64, 340)
+    pool = PagePool(100)
+    assert not planner.plan([(state, 340 + OPTIONS.query_window - 1)], pool).selects
+    (op,) = planner.plan([(state, 340 + OPTIONS.query_window)], pool).selects
+    assert op.first_query == 340
+    assert op.recent_start == 64 + planner.cfg.max_sparse_span
+
+
+def test_release_before_the_first_event_is_stock() -> None:
+    planner, pool = make_planner(), PagePool(100)
+    state = start(planner, pool, 1, 40)
+    assert planner.release(state, 40, pool) == 40
+    assert pool.log == []
+
+
+@pytest.mark.parametrize(
+    ("owners", "message"),
+    [
+        ({"a": [1, 2], "b": [2, 3]}, "token page 2 has 2 owners"),
+        ({"a": [1], "b": [3]}, "token page 2 has 0 owners"),
+        ({"a": [0, 1, 2, 3]}, "outside 1 .. 3"),
+        ({"a": [1, 2, 3, 4]}, "outside 1 .. 3"),
+    ],
+)
+def test_integrity_check_can_fail(owners: dict[str, list[int]], message: str) -> None:
+    with pytest.raises(IntegrityError, match=message):
+        check_ownership({name: torch.tensor(pages) for name, pages in owners.items()}, 3)
+
+
+def test_integrity_check_passes() -> None:
+    check_ownership({"a": torch.tensor([1, 3]), "b": torch.tensor([2]), "c": torch.tensor([], dtype=torch.int64)}, 3)
