@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Protocol
 
 from hardkv_sglang.config import ResolvedConfig
@@ -154,7 +155,7 @@ class LifecyclePlanner:
         plan = StepPlan()
         overdue = [(self._overdue(state, seq_len), state, seq_len) for state, seq_len in views]
         due = sorted((entry for entry in overdue if entry[0] >= 0), key=lambda entry: -entry[0])
-        budget = self.cfg.options.max_events_per_step
+        budget = self._event_budget(len(overdue))
         for _, state, seq_len in due:
             if len(plan.selects) + len(plan.condenses) >= budget:
                 break
@@ -165,6 +166,15 @@ class LifecyclePlanner:
         for op in plan.condenses:
             self._free_sources(op, allocator, plan)
         return plan
+
+    def _event_budget(self, num_requests: int) -> int:
+        """Requests that may have an event in this step.
+
+        Half as many again as the steady state needs: requests that started together then spread out by themselves,
+        instead of making one step in every interval wait for all their events.
+        """
+        per_token = 1 / self.select_span + 1 / self.condense_span
+        return min(self.cfg.options.max_events_per_step, ceil(1.5 * num_requests * per_token))
 
     def _next_select(self, state: RequestState) -> int:
         return state.recent_start + self.select_span + self.recent_tokens

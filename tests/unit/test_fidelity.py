@@ -21,7 +21,7 @@ from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.reference import State
 
-PROMPT, DECODED = 70, 330
+PROMPT, DECODED = 40, 240
 SHORT: dict[str, Any] = {
     "recent_tokens": 32,
     "query_window": 16,
@@ -39,9 +39,7 @@ class StepwiseSession(CompressedSession):
         assert k.shape[1] == 1
         cfg, pool = self.cfg, self.pool
         slots = reference.dense_slots(pool.req_to_token, self.tables, 1, self.seq_len + 1)
-        dense = reference.dense_decode(
-            q[:, 0], pool.k_storage[layer], pool.v_storage[layer], slots, cfg.softmax_scale
-        )
+        dense = reference.dense_decode(q[:, 0], pool.k_storage[layer], pool.v_storage[layer], slots, cfg.softmax_scale)
         ragged = reference.ragged_decode(
             q[:, 0], pool.k_storage, pool.v_storage, cfg.layout, self.tables, pool.req_to_token,
             layer, 1, cfg.softmax_scale,
@@ -77,8 +75,8 @@ def test_block_decode_equals_token_by_token(model: BlockModel, dense: Reference)
     blocks = CompressedSession(model.shape, options, max_len)
     steps = StepwiseSession(model.shape, options, max_len, max_block=1)
     by_block, by_token = decode(blocks, model, dense), decode(steps, model, dense)
-    assert blocks.state.num_selects >= 6
-    assert blocks.state.num_condenses >= 3
+    assert blocks.state.num_selects >= 5
+    assert blocks.state.num_condenses >= 2
     assert blocks.selected == steps.selected
     assert blocks.holdings == steps.holdings
     assert (by_block - by_token).abs().max() < 1e-3
@@ -90,7 +88,7 @@ def test_p_one_equals_dense(model: BlockModel, dense: Reference) -> None:
     options = HardKVConfig(**{**SHORT, "top_p": 1.0, "max_tokens": None})
     session = CompressedSession(model.shape, options, PROMPT + DECODED)
     scores = TokenScores.compare(dense.logits, decode(session, model, dense), dense.tokens[PROMPT + 1 :])
-    assert session.state.num_condenses >= 3
+    assert session.state.num_condenses >= 2
     assert scores.kl.abs().max() < 1e-6
     assert scores.agrees.all()
 
@@ -109,7 +107,9 @@ def test_held_pages_are_those_of_the_pool(model: BlockModel, dense: Reference) -
     decode(session, model, dense)
     last, size = session.holdings[-1], session.cfg.layout.page_size
     dense_pages = -(-(last.position + 1) // size)
-    assert last.held_pages == dense_pages - (last.condensed_end - session.state.prefix_end) // size + last.condensed_pages
+    assert (
+        last.held_pages == dense_pages - (last.condensed_end - session.state.prefix_end) // size + last.condensed_pages
+    )
 
 
 def test_kl_of_a_known_pair() -> None:

@@ -15,7 +15,9 @@ from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
 from hardkv_sglang.memory_pool.layout import PoolLayout
 
 PAGE = 32
-OPTIONS = HardKVConfig(recent_tokens=32, query_window=16, select_interval=32, condense_interval=64, max_events_per_step=2)
+OPTIONS = HardKVConfig(
+    recent_tokens=32, query_window=16, select_interval=32, condense_interval=64, max_events_per_step=2
+)
 
 
 class PagePool:
