@@ -3,7 +3,7 @@
 `plan_ragged_decode`, once per step, cuts the lists of all layers into splits. `ragged_decode`, one launch per
 layer, runs a persistent grid over them; the program that finishes a list last merges its splits, and the dense
 state if there is one. The splits of a list depend on its length alone and are merged in order, whoever does it:
-results are bit-equal between runs, and do not depend on what else is in the batch.
+results are bit-equal between runs, and with one `Tuning` they do not depend on what else is in the batch.
 """
 
 # mypy: allow-untyped-defs
@@ -168,19 +168,24 @@ def ragged_decode_kernel(
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch parameters of the kernel; results depend on `block_tokens` only, and only in rounding."""
+    """Launch parameters of the kernel. Results depend on the first two, and only in rounding."""
 
     block_tokens: int
     num_warps: int
     num_stages: int
-    programs_per_multiprocessor: int
+    programs_per_multiprocessor: int  # beyond what fits, so that the hardware balances uneven items
 
     @classmethod
-    def default(cls, head_dim: int, element_size: int) -> Tuning:
-        """Best measured on an H200 for a row of `head_dim * element_size` bytes."""
-        if head_dim * element_size <= 256:
-            return cls(block_tokens=32, num_warps=2, num_stages=3, programs_per_multiprocessor=9)
-        return cls(block_tokens=32, num_warps=4, num_stages=2, programs_per_multiprocessor=4)
+    def default(cls, row_bytes: int, num_lists: int, num_multiprocessors: int) -> Tuning:
+        """Best measured on an H200 for K rows of `row_bytes` and `num_lists` lists per layer.
+
+        Few lists: wide programs, for latency. Many: narrow ones, so that more of them hide each other's stalls.
+        """
+        if row_bytes > 256:
+            return cls(block_tokens=32, num_warps=4, num_stages=2, programs_per_multiprocessor=6)
+        if num_lists <= 2 * num_multiprocessors:
+            return cls(block_tokens=64, num_warps=4, num_stages=3, programs_per_multiprocessor=6)
+        return cls(block_tokens=32, num_warps=2, num_stages=3, programs_per_multiprocessor=20)
 
 
 def ragged_decode(
@@ -205,6 +210,7 @@ def ragged_decode(
     req_to_token: [R, T] integer slots; k_storage, v_storage: [L, S, H, D] contiguous, the whole pool; q: [B, HQ, D],
     D 64, 128 or 256, strided in B at most; out: (o [B, HQ, D], any float dtype, lse2 [B, HQ] float32) to write;
     dense: such a state over other tokens, may be `out` itself.
+    tuning: launch parameters; by default they depend on B, so pass one for bits that do not.
     Guarantees: one launch, graph-safe, no allocation, no sync; deterministic; float32 accumulation. A request
     without listed tokens gets zeros and `EMPTY_LSE2`, or bit by bit its dense state.
     """
@@ -218,7 +224,7 @@ def ragged_decode(
     assert q.dtype == k_storage.dtype == v_storage.dtype, "q and the pool must have one dtype"
     assert tables.condensed_pages.is_contiguous() and tables.sparse_positions.is_contiguous(), "tables: contiguous"
     assert req_to_token.stride(1) == 1 and workspace.max_lists >= B * H, "batch exceeds the workspace"
-    tuning = tuning or Tuning.default(D, q.element_size())
+    tuning = tuning or Tuning.default(D * q.element_size(), B * H, workspace.num_multiprocessors)
     programs = workspace.num_multiprocessors * tuning.programs_per_multiprocessor
     ragged_decode_kernel[(min(programs, B * H * workspace.max_splits),)](
         q,
