@@ -50,6 +50,11 @@ def committed_len(req: Any) -> int:
     return int(req.kv_committed_len)
 
 
+def settled_len(req: Any) -> int:
+    """Tokens with KV, without the step that the overlap scheduler has launched beyond the end of the request."""
+    return min(committed_len(req), len(req.origin_input_ids) + len(req.output_ids) - 1)
+
+
 def allocated_len(req: Any) -> int:
     """Positions with an allocated slot."""
     return int(req.kv.kv_allocated_len)

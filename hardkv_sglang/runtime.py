@@ -137,7 +137,7 @@ class HardKVRuntime:
             return
         allocated = compat.allocated_len(req)
         if state.is_compressed:
-            report = RequestReport.of(req.rid, state, compat.committed_len(req), self.cfg.layout.page_size)
+            report = RequestReport.of(req.rid, state, compat.settled_len(req), self.cfg.layout.page_size)
             self.statistics.reports.append(report)
         left = self.planner.release(state, allocated, self._allocator(tree_cache))
         if left != allocated:

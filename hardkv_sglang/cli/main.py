@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hardkv_sglang.cli import demo, model
+from hardkv_sglang.cli import calibrate, demo, eval, model
 
 # each offers add_parser(subparsers) and run(args) -> exit status; heavy imports belong inside run()
-SUBCOMMANDS = (demo, model)
+SUBCOMMANDS = (calibrate, demo, eval, model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""Decode speed of real servers, stock and compressed, in one run."""
