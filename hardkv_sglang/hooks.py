@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from hardkv_sglang import compat
-from hardkv_sglang.overrides import override_error
+from hardkv_sglang.overrides import is_opted_out, override_error
 from hardkv_sglang.refusals import refused_model
 from hardkv_sglang.runtime import HardKVRuntime
 
@@ -97,16 +97,16 @@ def around_add_one_req(
     runtime: HardKVRuntime, original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """add_one_req(self, req, ...): charges a new request its bounded footprint instead of its maximal length."""
-    remaining = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
-    with compat.clipped_new_tokens(runtime.expected_footprint(remaining)):
+    if is_opted_out(compat.custom_params(req)):
+        return original(adder, req, *args, **kwargs)
+    with compat.clipped_new_tokens(runtime.expected_footprint(compat.remaining_tokens(req))):
         return original(adder, req, *args, **kwargs)
 
 
 def around_running_request_offset(runtime: HardKVRuntime, original: Callable[..., Any], adder: Any, req: Any) -> float:
     """_get_running_request_total_token_offset(self, req): what a running request may still take."""
     stock: float = original(adder, req)
-    remaining = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
-    growth = runtime.expected_growth(req, remaining)
+    growth = runtime.expected_growth(req)
     return stock if growth is None else min(stock, growth)
 
 
@@ -125,9 +125,7 @@ def after_self_check_during_busy(runtime: HardKVRuntime, _result: None, checker:
 
 def after_check_req_pool(runtime: HardKVRuntime, _result: None, checker: Any) -> None:
     """_check_req_pool(self): SGLang's own leak check of an idle server just passed."""
-    if runtime.states:
-        raise HookError(f"idle server still holds HARD-KV state of requests {sorted(runtime.states)}")
-    runtime.check_integrity([], checker.tree_cache)
+    runtime.check_idle(checker.tree_cache)
 
 
 def after_get_internal_state(runtime: HardKVRuntime, output: Any, _scheduler: Any, _request: Any) -> Any:

@@ -37,6 +37,7 @@ class HardKVRuntime:
         self.statistics = Statistics()
         self.states: dict[str, RequestState] = {}  # by request id: running requests that decode under HARD-KV
         self.pending: list[StepPlan] = []  # planned by the scheduler, not yet launched
+        self.idle_check_due = False  # something ran since the last check of an idle server
 
     def attach(self, model_runner: Any) -> None:
         """Allocate tables and take over decode attention. Call before CUDA graphs are captured."""
@@ -82,6 +83,7 @@ class HardKVRuntime:
                 plan_observes.append(ObserveOp(state.row, state.observe_from))
             if not req.finished():
                 views.append((state, compat.committed_len(req)))
+        self.idle_check_due = True
         plan = self.planner.plan(views, allocator)
         plan.observes = plan_observes
         self.statistics.count_plan(plan)
@@ -153,18 +155,34 @@ class HardKVRuntime:
         """Pool tokens at the peak of decoding `num_tokens` more tokens from a fresh prompt."""
         return self.footprint.decode_tokens(num_tokens, self._kept_fraction())
 
-    def expected_growth(self, req: Any, remaining: int) -> int | None:
-        """Pool tokens that a running request will still take; None for one that is not compressed."""
+    def expected_growth(self, req: Any) -> int | None:
+        """Pool tokens that a running request will still take; None for one that stays dense."""
         state = self.states.get(req.rid)
         if state is None:
             return None
         return self.footprint.growth(
-            state, compat.committed_len(req), remaining, self.cfg.layout.page_size, self._kept_fraction()
+            state,
+            compat.committed_len(req),
+            compat.remaining_tokens(req),
+            self.cfg.layout.page_size,
+            self._kept_fraction(),
         )
 
     def _kept_fraction(self) -> float:
         measured = self.statistics.candidate_tokens >= MEASURED_AFTER
         return self.statistics.kept_fraction if measured else PRIOR_KEPT_FRACTION
+
+    def check_idle(self, tree_cache: Any) -> None:
+        """`check_integrity` of a server without requests, once after each busy period: SGLang polls while idle.
+
+        Raises `IntegrityError`.
+        """
+        if not self.idle_check_due:
+            return
+        if self.states:
+            raise IntegrityError(f"the idle server holds compression state of requests {sorted(self.states)}")
+        self.check_integrity([], tree_cache)
+        self.idle_check_due = False
 
     def check_integrity(self, reqs: list[Any], tree_cache: Any) -> None:
         """Prove that every token page has exactly one owner. Synchronises; for idle time and strict mode.

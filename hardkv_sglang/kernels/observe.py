@@ -35,7 +35,7 @@ def observe_kernel(
         m_h = o_h < HQ
         o_d = tl.arange(0, D)
         o_ring = ((tl.cast(i_l, tl.int64) * num_rows + row) * W + position % W) * HQ + o_h
-        # shape [BH, D]
+        # one block of query heads, BH rows of D
         b_q = tl.load(q + i_b.to(tl.int64) * stride_q + o_h[:, None] * D + o_d[None, :], mask=m_h[:, None])
         tl.store(query_ring + o_ring[:, None] * D + o_d[None, :], b_q, mask=m_h[:, None])
         b_lse2 = tl.load(lse2 + i_b * HQ + o_h, mask=m_h)
