@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.priors import Priors
 from hardkv_sglang.refusals import refused_server_flags
 
 MODES = ("none", "hardkv")
@@ -50,7 +51,10 @@ def resolve_options(mode: str, source: str | Mapping[str, Any] | HardKVConfig | 
         if source is not None:
             raise ValueError("--kv-compression-config has no effect without --kv-compression hardkv")
         return None
-    return source if isinstance(source, HardKVConfig) else HardKVConfig.parse(source)
+    options = source if isinstance(source, HardKVConfig) else HardKVConfig.parse(source)
+    if options.priors is not None:
+        Priors.read(options.priors)  # whether it fits the model shows when the model is loaded
+    return options
 
 
 def seed_defaults(given: dict[str, Any], device_is_cuda: bool) -> None:

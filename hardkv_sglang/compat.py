@@ -141,3 +141,8 @@ def cache_prompt_only(cache: Callable[..., None], req: Any, tree_cache: Any, **k
     row = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx]
     own = row[len(req.prefix_indices) : end].to(req.prefix_indices.dtype)
     req.prefix_indices = torch.cat((req.prefix_indices, own))
+
+
+def first_kv_head(model_runner: Any, total_kv_heads: int, num_kv_heads: int) -> int:
+    """Global index of this tensor-parallel rank's first KV head; ranks share heads when there are too few."""
+    return int(model_runner.ps.tp_rank * num_kv_heads * total_kv_heads // max(total_kv_heads, model_runner.ps.tp_size))

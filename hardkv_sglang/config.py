@@ -96,6 +96,12 @@ class HardKVConfig:
         low=1, high=1 << 20,
     )  # fmt: skip
     sink_tokens: int = option(4, "tokens", "streaming policy: oldest candidates that are kept", low=0, high=65536)
+    priors: str | None = option(
+        None,
+        "path",
+        "temperatures of the first select event of a request, written by `hardkv calibrate`",
+        optional=True,
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -172,6 +178,8 @@ def describe_range(f: Field[Any]) -> str:
     meta = f.metadata
     if meta["choices"]:
         return " | ".join(meta["choices"])
+    if meta["low"] is None:
+        return "JSON file or null"
     text = f"{meta['low']:g} .. {meta['high']:g}"
     return f"{text} or null" if meta["optional"] else text
 
@@ -183,6 +191,10 @@ def _check_option(f: Field[Any], value: Any) -> None:
     if meta["choices"]:
         if value not in meta["choices"]:
             raise ValueError(f"{f.name}={value!r} is not one of: {describe_range(f)}")
+        return
+    if meta["low"] is None:
+        if not isinstance(value, str):
+            raise ValueError(f"{f.name}={value!r} must be a {meta['unit']}: {describe_range(f)}")
         return
     numeric = (int, float) if isinstance(f.default, float) else (int,)
     if isinstance(value, bool) or not isinstance(value, numeric):

@@ -19,12 +19,31 @@ from hardkv_sglang.selection import Candidates, Selection
 MAX_LOGITS_PER_CHUNK = 1 << 26  # observation logits held at once while scoring, in elements
 
 
+MASS_UNITS = 1_000_000  # kept mass travels to the host as an integer beside the counts
+
+
 @dataclass(frozen=True)
 class SelectReport:
     """Counts of one select event, on their way to the host."""
 
     op: SelectOp
-    counts: torch.Tensor  # [1 + L * H] int32: head pages needed, then kept tokens per (layer, KV head)
+    counts: torch.Tensor  # [3 + L * H] int32, fields of `SettledCounts`
+
+
+@dataclass(frozen=True)
+class SettledCounts:
+    """A select event's counts on the host."""
+
+    head_pages: int  # that the survivors need, the maximum over the tensor-parallel ranks
+    infeasible_lists: int  # whose calibration found no temperature
+    kept_mass: float  # attention mass of always-kept plus kept tokens, mean over lists
+    kept_tokens: list[int]  # per (layer, KV head) of this rank
+
+    @classmethod
+    def read(cls, report: SelectReport) -> SettledCounts:
+        """Counts of a report whose step has been waited for."""
+        head_pages, infeasible, mass, *kept = report.counts.tolist()
+        return cls(head_pages, infeasible, mass / MASS_UNITS, kept)
 
 
 class EventExecutor:
@@ -38,6 +57,7 @@ class EventExecutor:
         v_storage: torch.Tensor,
         req_to_token: torch.Tensor,
         tp_group: torch.distributed.ProcessGroup | None,
+        priors: torch.Tensor | None = None,
     ) -> None:
         self.cfg = cfg
         self.tables = tables
@@ -45,6 +65,7 @@ class EventExecutor:
         self.v_storage = v_storage  # [L, S, H, D]
         self.req_to_token = req_to_token  # [R, max_context_len] int32
         self.tp_group = tp_group
+        self.priors = priors  # [L, H] float32
         self.policy = make_policy(cfg.options)
         self.condense = self._condense_on_gpu if req_to_token.is_cuda else self._condense_reference
 
@@ -86,17 +107,22 @@ class EventExecutor:
         num_kept = torch.empty(
             (layout.num_layers, layout.num_kv_heads), dtype=torch.int32, device=tables.num_sparse.device
         )
+        infeasible = torch.zeros(1, dtype=torch.int32, device=num_kept.device)
+        mass = torch.zeros(1, device=num_kept.device)
         for first in range(0, layout.num_layers, self._layers_per_chunk(op)):
             layers = slice(first, min(first + self._layers_per_chunk(op), layout.num_layers))
-            selection, attended_condensed = self._choose(op, layers)
-            num_kept[layers] = self._publish(op, layers, selection, attended_condensed)
+            selection, padding = self._choose(op, layers)
+            num_kept[layers] = self._publish(op, layers, selection, padding)
+            infeasible += selection.infeasible.sum(dtype=torch.int32)
+            mass += selection.kept_mass.sum(dtype=torch.float32)
         tables.prefix_end[op.row] = op.prefix_end
         tables.recent_start[op.row] = op.recent_start
         tables.observe_from[op.row] = op.observe_from
         head_pages = head_pages_needed(num_kept, layout.page_size).sum(dtype=torch.int32).view(1)
         if self.tp_group is not None:
             torch.distributed.all_reduce(head_pages, torch.distributed.ReduceOp.MAX, group=self.tp_group)
-        return SelectReport(op, self._to_host(torch.cat((head_pages, num_kept.view(-1)))))
+        mass_units = (mass * (MASS_UNITS / num_kept.numel())).to(torch.int32)
+        return SelectReport(op, self._to_host(torch.cat((head_pages, infeasible, mass_units, num_kept.view(-1)))))
 
     def _layers_per_chunk(self, op: SelectOp) -> int:
         candidates = op.condensed_list_bound + op.recent_start - op.condensed_end
@@ -190,3 +216,5 @@ class EventExecutor:
     def reset(self, rows: torch.Tensor) -> None:
         """Make rows ([N] int64) uncompressed: their request is (again) in prefill."""
         self.tables.reset(rows)
+        if self.priors is not None:
+            self.tables.temperature[:, rows] = self.priors[:, None]

@@ -201,7 +201,12 @@ class LifecyclePlanner:
         old_recent_start = state.recent_start
         state.recent_start = self._select_target(state, seq_len)
         first_query = max(state.observe_from, seq_len - self.query_window)
-        recalibrate = state.num_selects % self.cfg.options.recalibrate_every == 0
+        options = self.cfg.options
+        # a request's first event starts from the priors if there are any
+        has_temperature = state.num_selects > 0 or options.priors is not None
+        recalibrate = not has_temperature or (
+            state.num_selects > 0 and state.num_selects % options.recalibrate_every == 0
+        )
         state.num_selects += 1
         state.selected_at = seq_len
         state.survivor_pages = None

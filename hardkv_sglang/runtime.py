@@ -11,12 +11,13 @@ from hardkv_sglang import compat
 from hardkv_sglang.admission import MEASURED_AFTER, PRIOR_KEPT_FRACTION, FootprintEstimator
 from hardkv_sglang.backends import TieredBackend, install_backend
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
-from hardkv_sglang.events import EventExecutor, SelectReport
+from hardkv_sglang.events import EventExecutor, SelectReport, SettledCounts
 from hardkv_sglang.lifecycle import LifecyclePlanner, ObserveOp, RequestState, StepPlan
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
 from hardkv_sglang.memory_pool.layout import head_pages_needed
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.overrides import is_opted_out
+from hardkv_sglang.priors import check_options, load_priors
 from hardkv_sglang.statistics import RequestReport, Statistics
 
 logger = logging.getLogger(__name__)
@@ -62,12 +63,29 @@ class HardKVRuntime:
             pool.v_storage,
             req_to_token,
             compat.tensor_parallel_group(),
+            self._priors(model_runner),
         )
         self.backend = install_backend(model_runner, self.cfg, self.tables)
         logger.info(
             "HARD-KV: %s, %d rows, tables %.2f GB beside the pool",
             self.options, self.cfg.num_rows, self.tables.num_bytes / 1e9,
         )  # fmt: skip
+
+    def _priors(self, model_runner: Any) -> torch.Tensor | None:
+        """Temperatures of this rank's KV heads, [L, H]."""
+        if self.options.priors is None:
+            return None
+        for difference in check_options(self.options.priors, self.options.to_dict()):
+            logger.warning("HARD-KV: %s", difference)
+        layout, total = self.cfg.layout, model_runner.model_config.get_total_num_kv_heads()
+        temperature = load_priors(
+            self.options.priors,
+            model_name=model_runner.model_config.model_path,
+            num_layers=layout.num_layers,
+            num_kv_heads_global=total,
+        )
+        first = compat.first_kv_head(model_runner, total, layout.num_kv_heads)
+        return temperature[:, first : first + layout.num_kv_heads].to(self.tables.temperature.device)
 
     def plan_decode(self, batch: Any) -> None:
         """Plan this step's events and move pages, before SGLang allocates the step's slots."""
@@ -125,12 +143,13 @@ class HardKVRuntime:
             state = report.op.state
             if state.released:
                 continue
-            head_pages, *counts = report.counts.tolist()
-            self.planner.settle(state, head_pages, counts)
+            counts = SettledCounts.read(report)
+            self.planner.settle(state, counts.head_pages, counts.kept_tokens)
             # page-derived, so that admission decides the same on every rank
-            kept = head_pages * self.cfg.layout.page_size / self.cfg.layout.columns
+            kept = counts.head_pages * self.cfg.layout.page_size / self.cfg.layout.columns
             span = report.op.recent_start - report.op.condensed_end
-            self.statistics.count_selection(span + state.num_condensed_pages * self.cfg.layout.page_size, kept)
+            candidates = span + state.num_condensed_pages * self.cfg.layout.page_size
+            self.statistics.count_selection(candidates, kept, counts.kept_mass, counts.infeasible_lists)
 
     def release(self, req: Any, tree_cache: Any) -> None:
         """Before SGLang releases a request: free what compression owns, leave only exact KV to SGLang."""

@@ -61,6 +61,9 @@ class Statistics:
     allocated_pages: int = 0
     candidate_tokens: int = 0  # tokens that select events could keep, per (layer, KV head)
     kept_tokens: float = 0.0  # tokens that they kept, mean over (layer, KV head)
+    settled_events: int = 0  # select events whose counts are known
+    kept_mass_sum: float = 0.0  # over settled events, mean over lists
+    infeasible_lists: int = 0  # lists for which no temperature reaches the target
     reports: deque[RequestReport] = field(default_factory=lambda: deque(maxlen=REPORTS_KEPT))
 
     def count_plan(self, plan: StepPlan) -> None:
@@ -71,10 +74,20 @@ class Statistics:
         self.freed_pages += plan.freed_pages
         self.allocated_pages += plan.allocated_pages
 
-    def count_selection(self, candidate_tokens: int, kept_tokens: float) -> None:
+    def count_selection(
+        self, candidate_tokens: int, kept_tokens: float, kept_mass: float, infeasible_lists: int
+    ) -> None:
         """Add one settled select event."""
+        self.settled_events += 1
         self.candidate_tokens += candidate_tokens
         self.kept_tokens += kept_tokens
+        self.kept_mass_sum += kept_mass
+        self.infeasible_lists += infeasible_lists
+
+    @property
+    def kept_mass(self) -> float:
+        """Mean attention mass that survives a select event; 1 before the first one."""
+        return self.kept_mass_sum / self.settled_events if self.settled_events else 1.0
 
     @property
     def kept_fraction(self) -> float:
