@@ -52,6 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 after a complete demonstration, 2 when the server or the model cannot be had."""
+    import torch
     from rich.console import Console
 
     from hardkv_sglang.demo_model import DemoModelError, demo_model_path
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
             flags = {
                 "kv-compression": "hardkv",
                 "kv-compression-config": json.dumps(OPTIONS),
-                "dtype": "float32",
+                # attention kernels on a GPU want 16 bits, a CPU is twice as fast with 32
+                "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
                 "max-total-tokens": 16384,
                 "max-running-requests": 8,
                 "enable-cache-report": True,
