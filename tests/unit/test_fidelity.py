@@ -81,13 +81,13 @@ def test_block_decode_equals_token_by_token(model: BlockModel, dense: Reference)
     assert blocks.holdings == steps.holdings
     assert (by_block - by_token).abs().max() < 1e-3
     # and compression did something
-    assert (by_block - dense.logits).abs().max() > 0.1
+    assert (by_block - model.logits(dense.hidden)).abs().max() > 0.1
 
 
 def test_p_one_equals_dense(model: BlockModel, dense: Reference) -> None:
     options = HardKVConfig(**{**SHORT, "top_p": 1.0, "max_tokens": None})
     session = CompressedSession(model.shape, options, PROMPT + DECODED)
-    scores = TokenScores.compare(dense.logits, decode(session, model, dense), dense.tokens[PROMPT + 1 :])
+    scores = TokenScores.compare(model.logits(dense.hidden), decode(session, model, dense), dense.tokens[PROMPT + 1 :])
     assert session.state.num_condenses >= 2
     assert scores.kl.abs().max() < 1e-6
     assert scores.agrees.all()
@@ -95,7 +95,7 @@ def test_p_one_equals_dense(model: BlockModel, dense: Reference) -> None:
 
 def test_identical_until_the_first_event(model: BlockModel, dense: Reference) -> None:
     session = CompressedSession(model.shape, HardKVConfig(**SHORT), PROMPT + DECODED)
-    scores = TokenScores.compare(dense.logits, decode(session, model, dense), dense.tokens[PROMPT + 1 :])
+    scores = TokenScores.compare(model.logits(dense.hidden), decode(session, model, dense), dense.tokens[PROMPT + 1 :])
     first_event = sum(not holding.is_compressed for holding in session.holdings)
     assert 0 < first_event < DECODED
     assert scores.kl[:first_event].abs().max() < 1e-6

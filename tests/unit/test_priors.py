@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from hardkv_sglang.cli.calibrate import CalibrationError, EventRecorder, place_events
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.priors import SCORE_OPTIONS, Priors, PriorsError, check_options, load_priors
 
@@ -94,3 +95,33 @@ def test_other_options_are_reported(path: Path) -> None:
     assert check_options(path, HardKVConfig(metric="snapkv").to_dict()) == []
     (line,) = check_options(path, HardKVConfig(metric="snapkv", pooling_width=5).to_dict())
     assert "pooling_width=7" in line and "5" in line
+
+
+def recorded(num_layers: int, num_heads: int) -> EventRecorder:
+    """A recorder that saw random queries and keys of every layer."""
+    options = HardKVConfig(policy="hardkv", metric="snapkv", top_p=0.8)
+    events = place_events(480, prompt_len=64, num_events=3, options=options)
+    recorder = EventRecorder(options, 64, events)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num_layers):
+        query = torch.randn(2 * num_heads, 480, 16, generator=generator)
+        key = 2.0 * torch.randn(num_heads, 480, 16, generator=generator)
+        recorder.record(query, key, scale=16**-0.5)
+    return recorder
+
+
+def test_calibration_covers_every_layer_and_head(path: Path) -> None:
+    recorder = recorded(num_layers=2, num_heads=3)
+    assert recorder.events == [320, 400, 480]
+    recorder.priors(path.parent / "Little").save(path)
+    loaded = load_priors(path, model_name="Little", num_layers=2, num_kv_heads_global=3)
+    assert loaded.shape == (2, 3)
+    assert ((loaded >= 1 / 64) & (loaded <= 64)).all()
+    # random keys differ from head to head, and so do the temperatures
+    assert loaded.unique().numel() == loaded.numel()
+    assert check_options(path, recorder.options.to_dict()) == []
+
+
+def test_a_short_text_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="at least 320"):
+        place_events(319, prompt_len=64, num_events=3, options=HardKVConfig())
