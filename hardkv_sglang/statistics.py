@@ -96,9 +96,6 @@ class Statistics:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable counters and recent reports."""
-        counters = {k: v for k, v in vars(self).items() if k != "reports"}
-        return {
-            **counters,
-            "kept_fraction": self.kept_fraction,
-            "requests": [asdict(r) for r in self.reports],
-        }
+        counters = {k: v for k, v in vars(self).items() if k not in ("reports", "kept_mass_sum")}
+        means = {"kept_fraction": self.kept_fraction, "kept_mass": self.kept_mass}
+        return {**counters, **means, "requests": [asdict(r) for r in self.reports]}

@@ -57,8 +57,8 @@ def with_needles(configurations: list[Configuration], *names: str) -> list[Confi
 def rivals() -> list[Configuration]:
     """Methods with the same number of tokens for every head."""
     return [
-        *sweep("streaming", "recent_tokens", (192, 384), policy="streaming"),
-        *sweep("rkv", "uniform_tokens", (64, 192), policy="rkv"),
+        *sweep("streaming", "recent_tokens", (256, 192, 384), policy="streaming"),
+        *sweep("rkv", "uniform_tokens", (128, 64, 192), policy="rkv"),
     ]
 
 
@@ -114,6 +114,9 @@ def experiments() -> list[Configuration]:
             "attention uniform, late", "uniform_tokens", (128, 64, 192),
             documents=few, budget="uniform", select_interval=512,
         ),
+        *sweep(
+            "snapkv, late", "uniform_tokens", (64, 128), documents=few, policy="snapkv", select_interval=512
+        ),
         *sweep("hardkv attention, late", "top_p", (0.98,), documents=few, select_interval=512),
         replace(ablation("pages filled", {"top_p": 0.95}), fills_pages=True),
         ablation("top_p=0.98", {"top_p": 0.98, "min_tokens": 64, "max_tokens": 256}),
@@ -130,7 +133,7 @@ def ablation(name: str, options: dict[str, Any]) -> Configuration:
 def full_sweep() -> list[Configuration]:
     """Everything that the documentation reports, most important first."""
     asked = ("hardkv attention top_p=0.95", "hardkv attention top_p=0.98", "snapkv uniform_tokens=128",
-             "attention uniform uniform_tokens=128", "streaming recent_tokens=384")  # fmt: skip
+             "attention uniform uniform_tokens=128", "streaming recent_tokens=256")  # fmt: skip
     measured = [*core(), *experiments(), *rivals(), *metrics(), *ablations(), *exact()]
     return with_needles(measured, *asked)
 

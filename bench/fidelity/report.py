@@ -24,6 +24,8 @@ Finished = tuple[Configuration, Text, Path]
 PACKAGES = ("torch", "transformers", "numpy", "hardkv-sglang")
 TARGETS = (0.125, 0.25, 0.5)
 """Kept fractions at which policies are compared."""
+NOT_SCORED = 256
+"""First decoded tokens that do not count: with the shipped intervals the first event comes after them."""
 HEADLINES = {
     "mean_kl": "mean KL",
     "p99_kl": "p99 KL",
@@ -38,10 +40,10 @@ HEADLINES = {
 
 
 def summarise(configuration: Configuration, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over documents of one configuration; only tokens after the first event count."""
-    kl = [torch.tensor(result["kl"][result["first_event"] :]) for result in results]
-    agrees = [result["agrees"][result["first_event"] :] for result in results]
-    surprise = [result["compressed_nll"] - result["dense_nll"] for result in results]
+    """Means over documents of one configuration; the first `NOT_SCORED` decoded tokens do not count."""
+    kl = [torch.tensor(result["kl"][NOT_SCORED:]) for result in results]
+    agrees = [result["agrees"][NOT_SCORED:] for result in results]
+    surprise = [extra_surprise(result) for result in results]
     parts = results[0]["bytes"]
     return {
         "name": configuration.name,
@@ -58,6 +60,12 @@ def summarise(configuration: Configuration, results: Sequence[dict[str, Any]]) -
         "mean_kl_by_document": {r["document"]: float(part.mean()) for r, part in zip(results, kl, strict=True)},
         "kept_by_document": {r["document"]: r["bytes"]["kept"] for r in results},
     }
+
+
+def extra_surprise(result: dict[str, Any]) -> float:
+    """Mean of compressed minus dense surprise over the scored tokens; it is 0 before a request's first event."""
+    affected, scored = len(result["kl"]) - result["first_event"], len(result["kl"]) - NOT_SCORED
+    return (result["compressed_nll"] - result["dense_nll"]) * affected / scored
 
 
 def summarise_all(finished: Sequence[Finished]) -> list[dict[str, Any]]:
