@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-# the benchmark is no part of the installed package
-sys.path.append(str(Path(__file__).parents[2]))
 
 from bench.fidelity.model import BlockModel
 from bench.fidelity.needle import FACTS, plant
