@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from hardkv_sglang.demo_model import demo_model_path
 
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
     from hardkv_sglang.server_process import ServerProcess as Server
 
 EMPTY: Mapping[str, str] = {}
+
+
+def pytest_configure() -> None:
+    """Without a CUDA device, run kernels in Triton's interpreter: in this process only, servers start as users start
+    them."""
+    if torch.cuda.is_available():
+        return
+    # Triton decides when a function is decorated, and decorates its own library on import: any test module may be
+    # the first to import it
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "1")
+        import triton
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

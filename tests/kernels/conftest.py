@@ -1,28 +1,23 @@
 """Device choice and inputs of the kernel tests.
 
-With a CUDA device the same tests run compiled, plus those marked `gpu`; else under the Triton interpreter.
+With a CUDA device the same tests run compiled, plus those marked `gpu`; else under the Triton interpreter, which
+`tests/conftest.py` turns on.
 """
 
 from __future__ import annotations
 
-# ruff: noqa: E402 - the interpreter is chosen before any kernel module is imported
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    # Triton reads this when a kernel is decorated, so it must be set before any kernel module is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    torch.set_num_threads(1)
-
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.memory_pool.layout import PoolLayout, head_pages_needed
 from hardkv_sglang.memory_pool.tables import DeviceTables
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
