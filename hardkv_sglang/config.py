@@ -40,10 +40,12 @@ class HardKVConfig:
         choices=("hardkv", "snapkv", "rkv", "streaming"),
     )  # fmt: skip
     metric: str = option(
-        "attention", "name", "importance metric of the hardkv policy", choices=("attention", "snapkv", "rkv")
+        "output", "name", "importance metric of the hardkv policy", choices=("attention", "output", "snapkv", "rkv")
     )
     top_p: float = option(
-        0.95, "probability", "attention mass that each KV head keeps, prefix and recent window included",
+        0.995, "probability",
+        "share that is kept: of the attention mass (prefix and recent window included), or with the output metric of the "
+        "squared change of the heads' outputs",
         low=0.01, high=1.0,
     )  # fmt: skip
     calibration: str = option(
@@ -65,8 +67,8 @@ class HardKVConfig:
         low=32, high=1 << 20, optional=True,
     )  # fmt: skip
     recent_tokens: int = option(128, "tokens", "newest tokens that are always attended", low=32, high=65536)
-    query_window: int = option(32, "decode steps", "observation queries of a select event", low=1, high=256)
-    select_interval: int = option(128, "tokens", "decode tokens between two select events", low=8, high=65536)
+    query_window: int = option(64, "decode steps", "observation queries of a select event", low=1, high=256)
+    select_interval: int = option(512, "tokens", "decode tokens between two select events", low=8, high=65536)
     condense_interval: int = option(
         512, "tokens", "sparse tokens of a request that trigger a condense event", low=32, high=65536
     )
@@ -75,8 +77,9 @@ class HardKVConfig:
     )
     pooling_width: int = option(7, "tokens", "max-pooling width of the snapkv metric (odd)", low=1, high=63)
     budget: str = option(
-        "per_head", "name", "hardkv policy: Top-p count of each KV head, or uniform_tokens for all",
-        choices=("per_head", "uniform"),
+        "shared", "name",
+        "hardkv policy: Top-p of each KV head, one Top-p over all heads of a request, or uniform_tokens for each",
+        choices=("per_head", "shared", "uniform"),
     )  # fmt: skip
     guarantee: str = option(
         "none", "name", "raw: also keep the Top-p set of the mean attention, whatever metric and reductions",
@@ -121,6 +124,8 @@ class HardKVConfig:
         fixed = self._fixed_budget
         if fixed is not None and self.max_tokens is not None and getattr(self, fixed) > self.max_tokens:
             raise ValueError(f"{fixed}={getattr(self, fixed)} exceeds max_tokens={self.max_tokens}")
+        if self.budget == "shared" and self.query_reduction == "union":
+            raise ValueError("query_reduction=union chooses a set per query and head: use it with budget=per_head")
         if self.pooling_width % 2 == 0:
             raise ValueError(f"pooling_width={self.pooling_width} must be odd")
 
@@ -129,7 +134,7 @@ class HardKVConfig:
         """The option that is the budget, where the policy does not compute one."""
         if self.policy == "streaming":
             return "sink_tokens"
-        return None if self.policy == "hardkv" and self.budget == "per_head" else "uniform_tokens"
+        return None if self.policy == "hardkv" and self.budget != "uniform" else "uniform_tokens"
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> HardKVConfig:

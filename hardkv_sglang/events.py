@@ -3,18 +3,18 @@ attention, and is the only writer of the tier tables."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from hardkv_sglang.candidates import CandidateReader
 from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.kernels import reference_condense
 from hardkv_sglang.lifecycle import CondenseOp, ObserveOp, SelectOp, StepPlan
 from hardkv_sglang.memory_pool.layout import head_pages_needed
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.policies import make_policy
-from hardkv_sglang.selection import Candidates, Selection
+from hardkv_sglang.selection import Scored, Selection
 
 MAX_LOGITS_PER_CHUNK = 1 << 26  # observation logits held at once while scoring, in elements
 
@@ -66,7 +66,8 @@ class EventExecutor:
         self.req_to_token = req_to_token  # [R, max_context_len] int32
         self.tp_group = tp_group
         self.priors = priors  # [L, H] float32
-        self.policy = make_policy(cfg.options)
+        self.policy = make_policy(cfg.options, cfg.layout.page_size)
+        self.reader = CandidateReader(cfg, tables, k_storage, v_storage, req_to_token, self.policy)
         self.condense = self._condense_on_gpu if req_to_token.is_cuda else self._condense_reference
 
     def run(self, plan: StepPlan) -> list[SelectReport]:
@@ -104,107 +105,45 @@ class EventExecutor:
 
     def _select(self, op: SelectOp) -> SelectReport:
         tables, layout = self.tables, self.cfg.layout
-        num_kept = torch.empty(
-            (layout.num_layers, layout.num_kv_heads), dtype=torch.int32, device=tables.num_sparse.device
-        )
-        infeasible = torch.zeros(1, dtype=torch.int32, device=num_kept.device)
-        mass = torch.zeros(1, device=num_kept.device)
-        for first in range(0, layout.num_layers, self._layers_per_chunk(op)):
-            layers = slice(first, min(first + self._layers_per_chunk(op), layout.num_layers))
-            selection, padding = self._choose(op, layers)
-            num_kept[layers] = self._publish(op, layers, selection, padding)
-            infeasible += selection.infeasible.sum(dtype=torch.int32)
-            mass += selection.kept_mass.sum(dtype=torch.float32)
-        tables.prefix_end[op.row] = op.prefix_end
-        tables.recent_start[op.row] = op.recent_start
-        tables.observe_from[op.row] = op.observe_from
+        step = self._layers_per_chunk(op)
+        chunks = [slice(first, min(first + step, layout.num_layers)) for first in range(0, layout.num_layers, step)]
+        scored = Scored.join([self.policy.score(self.reader.candidates(op, layers)) for layers in chunks])
+        temperature = None if op.recalibrate else tables.temperature[:, op.row].flatten()
+        selection = self.policy.choose(scored, temperature)
+        num_kept = self._publish(op, selection)
         head_pages = head_pages_needed(num_kept, layout.page_size).sum(dtype=torch.int32).view(1)
         if self.tp_group is not None:
             torch.distributed.all_reduce(head_pages, torch.distributed.ReduceOp.MAX, group=self.tp_group)
-        mass_units = (mass * (MASS_UNITS / num_kept.numel())).to(torch.int32)
-        return SelectReport(op, self._to_host(torch.cat((head_pages, infeasible, mass_units, num_kept.view(-1)))))
+        infeasible = selection.infeasible.sum(dtype=torch.int32).view(1)
+        mass_units = (selection.kept_mass.mean() * MASS_UNITS).to(torch.int32).view(1)
+        return SelectReport(op, self._to_host(torch.cat((head_pages, infeasible, mass_units, num_kept.flatten()))))
 
     def _layers_per_chunk(self, op: SelectOp) -> int:
         candidates = op.condensed_list_bound + op.recent_start - op.condensed_end
         per_layer = self.cfg.num_q_heads * self.cfg.options.query_window * candidates
         return max(1, MAX_LOGITS_PER_CHUNK // max(1, per_layer))
 
-    def _choose(self, op: SelectOp, layers: slice) -> tuple[Selection, torch.Tensor]:
-        """Selection over the chunk's lists, and the left padding of their condensed part ([B] int64)."""
-        cfg, layout, tables = self.cfg, self.cfg.layout, self.tables
-        H, G, D = layout.num_kv_heads, cfg.group_size, layout.head_dim
-        keys, padding = self._candidate_keys(op, layers)
-        B, N = keys.shape[:2]
-        window = cfg.options.query_window
-        positions = torch.arange(op.first_query, op.seq_len, device=keys.device)
-        ring_index = positions % window
-        queries = tables.query_ring[layers, op.row][:, ring_index]  # [l, Q, HQ, D]
-        Q = queries.shape[1]
-        queries = queries.view(-1, Q, H, G, D).permute(0, 2, 3, 1, 4).reshape(B, G * Q, D)
-        lse2 = tables.lse2_ring[layers, op.row][:, ring_index].view(-1, Q, H, G).permute(0, 2, 3, 1)
-        logits2 = queries.float() @ keys.float().transpose(1, 2) * (cfg.softmax_scale * math.log2(math.e))
-        temperature = None if op.recalibrate else tables.temperature[layers, op.row].reshape(B)
-        candidates = Candidates(
-            logits2=logits2.view(B, G, Q, N),
-            lse2=lse2.reshape(B, G, Q),
-            attended=self._attended(op, layers),
-            valid=torch.arange(N, device=keys.device)[None, :] >= padding[:, None],
-            query_valid=torch.ones(Q, dtype=torch.bool, device=keys.device),
-            keys=keys if self.policy.needs_keys else None,
-        )
-        return self.policy.select(candidates, temperature), padding
-
-    def _candidate_keys(self, op: SelectOp, layers: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys of the condensed tokens, right-aligned, then of the sparse span: [B, N, D]; padding [B]."""
-        layout, tables = self.cfg.layout, self.tables
-        layer_ids = torch.arange(layers.start, layers.stop, device=self.req_to_token.device)
-        num_condensed = tables.num_condensed[layers, op.row].long()  # [l, H]
-        bound = op.condensed_list_bound
-        padding = bound - num_condensed
-        index = (torch.arange(bound, device=layer_ids.device) - padding[..., None]).clamp(min=0)
-        rows = layout.condensed_rows(
-            tables.condensed_pages[op.row],
-            tables.first_page[layers, op.row][..., None].expand_as(index),
-            index,
-        )
-        slots = self.req_to_token[op.row, op.condensed_end : op.recent_start].long()
-        heads = torch.arange(layout.num_kv_heads, device=layer_ids.device)
-        span = (layer_ids[:, None, None] * layout.num_slots + slots) * layout.num_kv_heads + heads[None, :, None]
-        rows = torch.cat((rows, span), -1).flatten(0, 1)
-        return self.k_storage.view(-1, layout.head_dim)[rows], padding.flatten()
-
-    def _attended(self, op: SelectOp, layers: slice) -> torch.Tensor:
-        """Candidates that the observed queries attended, [B, N] bool; padding counts as attended."""
-        tables = self.tables
-        old_span = op.old_recent_start - op.condensed_end
-        num_sparse = tables.num_sparse[layers, op.row].flatten()
-        kept = (tables.sparse_positions[layers, op.row].flatten(0, 1).long() - op.condensed_end)[:, :old_span]
-        listed = torch.arange(kept.shape[1], device=kept.device)[None, :] < num_sparse[:, None]
-        # one spare column takes what is outside the lists
-        old = torch.zeros((kept.shape[0], old_span + 1), dtype=torch.bool, device=kept.device)
-        old.scatter_(1, torch.where(listed, kept, old_span), True)
-        condensed = old.new_ones((kept.shape[0], op.condensed_list_bound))
-        recent = old.new_ones((kept.shape[0], op.recent_start - op.old_recent_start))
-        return torch.cat((condensed, old[:, :old_span], recent), 1)
-
-    def _publish(self, op: SelectOp, layers: slice, selection: Selection, padding: torch.Tensor) -> torch.Tensor:
-        """Write survivors, sparse lists and temperatures of the chunk; returns kept tokens [l, H] int32."""
-        tables, bound = self.tables, op.condensed_list_bound
-        shape = tables.num_sparse[layers, op.row].shape
-        keep = selection.keep
+    def _publish(self, op: SelectOp, selection: Selection) -> torch.Tensor:
+        """Write the request's tiers: survivors, sparse lists, temperatures; returns kept tokens [L, H] int32."""
+        tables, bound, keep = self.tables, op.condensed_list_bound, selection.keep
+        shape = tables.num_sparse[:, op.row].shape
         if bound:
+            padding = self.reader.padding(op, slice(None)).flatten()
             index = torch.arange(bound, device=keep.device)[None, :] + padding[:, None]
             survives = keep[:, :bound].gather(1, index.clamp(max=bound - 1)) & (index < bound)
-            tables.condensed_keep[layers, op.row, :, :bound] = survives.view(*shape, bound)
+            tables.condensed_keep[:, op.row, :, :bound] = survives.view(*shape, bound)
         in_span = keep[:, bound:]
         span = in_span.shape[1]
         target = torch.where(in_span, in_span.cumsum(1) - 1, span)
         positions = torch.arange(op.condensed_end, op.recent_start, dtype=torch.int32, device=keep.device)
         lists = torch.zeros((keep.shape[0], span + 1), dtype=torch.int32, device=keep.device)
         lists.scatter_(1, target, positions.expand_as(target))
-        tables.sparse_positions[layers, op.row, :, :span] = lists[:, :span].view(*shape, span)
-        tables.num_sparse[layers, op.row] = in_span.sum(1, dtype=torch.int32).view(shape)
-        tables.temperature[layers, op.row] = selection.temperature.float().view(shape)
+        tables.sparse_positions[:, op.row, :, :span] = lists[:, :span].view(*shape, span)
+        tables.num_sparse[:, op.row] = in_span.sum(1, dtype=torch.int32).view(shape)
+        tables.temperature[:, op.row] = selection.temperature.float().view(shape)
+        tables.prefix_end[op.row] = op.prefix_end
+        tables.recent_start[op.row] = op.recent_start
+        tables.observe_from[op.row] = op.observe_from
         return keep.sum(1, dtype=torch.int32).view(shape)
 
     def _to_host(self, counts: torch.Tensor) -> torch.Tensor:

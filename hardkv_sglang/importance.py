@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional
 
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.selection import Candidates, row_max
+from hardkv_sglang.selection import Candidates, Importance, row_max
 
 RKV_OFFSET = 1e-10
 """Added to R-KV scores before the logarithm, as in the papers' code."""
@@ -21,15 +22,6 @@ RKV_RESOLUTION = 1e-6
 """R-KV scores that exceed the lowest by less than this fraction of it are equal to it."""
 SIMILARITY_TILE = 64
 """Key columns compared at once: [B, N, SIMILARITY_TILE] takes about as much memory as the keys."""
-
-
-@dataclass(frozen=True)
-class Importance:
-    """Attention of the observation queries to the candidates. What is missing to 1 is always-kept mass."""
-
-    distributions: torch.Tensor  # [B, V, N] float, reduced as configured; 0 for padding and invalid queries
-    mean: torch.Tensor  # [B, N] float, mean over query heads and valid queries, whatever is configured
-    observed: torch.Tensor  # [] bool, at least one query is valid
 
 
 def joint_probabilities(candidates: Candidates) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,6 +56,7 @@ def measure_importance(candidates: Candidates, group_reduction: str, query_reduc
     probabilities, always = joint_probabilities(candidates)
     num_queries = candidates.query_valid.sum().clamp(min=1)
     per_query, per_query_always = probabilities.mean(1), always.mean(1)  # [B, Q, N], [B, Q]
+    square = torch.linalg.vector_norm(probabilities, dim=(1, 2)).square() / (num_queries * probabilities.shape[1])
     mean = per_query.sum(1) / num_queries
     if group_reduction == "max":
         per_query, per_query_always = _renormalise(probabilities.amax(1), always.amax(1))
@@ -75,7 +68,7 @@ def measure_importance(candidates: Candidates, group_reduction: str, query_reduc
         per_query_always = per_query_always.masked_fill(~candidates.query_valid, 0.0)
         largest, always = per_query.amax(1, keepdim=True), per_query_always.amax(1, keepdim=True)
         distributions, _ = _renormalise(largest, always)
-    return Importance(distributions, mean, candidates.query_valid.any())
+    return Importance(distributions, mean, square, candidates.query_valid.any())
 
 
 def _renormalise(mass: torch.Tensor, always: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,6 +94,22 @@ def snapkv_scores(importance: Importance, candidates: Candidates, options: HardK
     padded = functional.pad(importance.distributions, (width // 2, width // 2 + 1))
     pooled = functional.max_pool1d(padded, width, stride=1)[..., :size]
     return torch.where(candidates.valid[:, None, :], pooled, 0.0)
+
+
+def output_scores(importance: Importance, candidates: Candidates, options: HardKVConfig) -> torch.Tensor:
+    """Expected squared change of the heads' output when a candidate is dropped, [B, 1, N].
+
+    Without token j the output o becomes o + P_j / (1 - P_j) (o - v_j): to first order the change is P_j |o - v_j|, and
+    changes in different directions add in squares. o is taken as the mean of the candidates' values under their mean
+    attention, so a head whose values are all alike loses little by dropping them, however much mass they carry.
+    """
+    del options
+    if candidates.values is None:
+        raise ValueError("the output metric reads Candidates.values")
+    values = torch.where(candidates.valid[..., None], candidates.values, 0.0).to(importance.mean.dtype)
+    output = _normalise(importance.mean)[:, None] @ values  # [B, 1, D]
+    distance = (values - output).square().sum(-1)
+    return torch.where(candidates.valid, importance.mean_square * distance, 0.0)[:, None]
 
 
 def rkv_scores(importance: Importance, candidates: Candidates, options: HardKVConfig) -> torch.Tensor:
@@ -182,12 +191,15 @@ class Metric:
     """An importance metric: scores >= 0 per distribution and candidate, 0 for padding."""
 
     score: Callable[[Importance, Candidates, HardKVConfig], torch.Tensor]
-    needs_keys: bool
-    is_attention: bool  # already a probability, so it needs no calibration
+    unit: Literal["probability", "energy", "rank"]
+    """What Top-p acts on: the scores themselves, their share of the sum of all, or calibrated scores."""
+    needs_keys: bool = False
+    needs_values: bool = False
 
 
 METRICS = {
-    "attention": Metric(attention_scores, needs_keys=False, is_attention=True),
-    "snapkv": Metric(snapkv_scores, needs_keys=False, is_attention=False),
-    "rkv": Metric(rkv_scores, needs_keys=True, is_attention=False),
+    "attention": Metric(attention_scores, "probability"),
+    "output": Metric(output_scores, "energy", needs_values=True),
+    "snapkv": Metric(snapkv_scores, "rank"),
+    "rkv": Metric(rkv_scores, "rank", needs_keys=True),
 }

@@ -10,6 +10,7 @@ any batch, on any device, sorted or not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,39 @@ class Candidates:
     valid: torch.Tensor  # [B, N] bool, candidates that exist
     query_valid: torch.Tensor  # [Q] bool, observation queries that exist
     keys: torch.Tensor | None = None  # [B, N, D] float, for metrics that read keys
+    values: torch.Tensor | None = None  # [B, N, D] float, for metrics that read values
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Attention of the observation queries to the candidates. What is missing to 1 is always-kept mass."""
+
+    distributions: torch.Tensor  # [B, V, N] float, reduced as configured; 0 for padding and invalid queries
+    mean: torch.Tensor  # [B, N] float, mean over query heads and valid queries, whatever is configured
+    mean_square: torch.Tensor  # [B, N] float, mean over query heads and valid queries of the squared attention
+    observed: torch.Tensor  # [] bool, at least one query is valid
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Lists with their scores: all that choosing needs, small enough for every list of a request at once."""
+
+    scores: torch.Tensor  # [B, V, N] float, of the metric: not negative, 0 for padding
+    importance: Importance
+    valid: torch.Tensor  # [B, N] bool
+
+    @classmethod
+    def join(cls, parts: Sequence[Scored]) -> Scored:
+        """Lists of several chunks of layers of one event, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        names = ("distributions", "mean", "mean_square")
+        joined = {name: torch.cat([getattr(part.importance, name) for part in parts]) for name in names}
+        return cls(
+            torch.cat([part.scores for part in parts]),
+            Importance(**joined, observed=parts[0].importance.observed),
+            torch.cat([part.valid for part in parts]),
+        )
 
 
 @dataclass(frozen=True)
@@ -98,10 +132,23 @@ def top_p_set(mass: torch.Tensor, order: torch.Tensor, top_p: float) -> torch.Te
     return last_in_order(order, top_p_counts(mass, order, top_p))
 
 
+def shared_top_p_set(mass: torch.Tensor, valid: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Mask [B, N] of the best candidates of all lists together that reach `top_p` of the total, one per list.
+
+    mass: [B, N] float, in one unit for all lists, what is missing to B being always kept; valid: [B, N] bool. So
+    lists lose `1 - top_p` in the mean, and the last token that one list keeps weighs as much as that of any other: no
+    other choice of as few tokens loses less. Ties keep the later list, then the later position.
+    """
+    order = ascending_order(mass.flatten(), valid.flatten())
+    dropped = fixed_point(mass.flatten().gather(-1, order)).cumsum(-1)
+    count = (dropped > droppable(top_p) * mass.shape[0]).sum(-1)
+    return last_in_order(order, count).view_as(mass)
+
+
 def bound_counts(
-    chosen: torch.Tensor, importance: torch.Tensor, valid: torch.Tensor, floor: int, cap: int | None
+    chosen: torch.Tensor, importance: torch.Tensor, valid: torch.Tensor, floor: int, cap: int | None, unit: int = 1
 ) -> torch.Tensor:
-    """Fill a list up to `floor` and cut it to `cap`, by importance.
+    """Fill a list up to `floor` and to a multiple of `unit`, and cut it to `cap`, by importance.
 
     chosen: [B, N] bool, within valid; importance: [B, N] float, not negative; valid: [B, N] bool.
     Returns keep [B, N] bool. Guarantees: chosen candidates before others, then higher importance, then the
@@ -109,8 +156,9 @@ def bound_counts(
     """
     order = ascending_order(importance, valid)
     order = order.gather(-1, chosen.gather(-1, order).to(torch.uint8).argsort(dim=-1, stable=True))
-    counts = chosen.sum(-1).clamp(min=floor, max=cap)
-    return last_in_order(order, torch.minimum(counts, valid.sum(-1)))
+    counts = -(-chosen.sum(-1).clamp(min=floor) // unit) * unit
+    most = valid.sum(-1).clamp(max=valid.shape[-1] if cap is None else cap)
+    return last_in_order(order, torch.minimum(counts, most))
 
 
 def mass_kept(importance: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

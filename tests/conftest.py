@@ -24,6 +24,8 @@ def pytest_configure() -> None:
     them."""
     if torch.cuda.is_available():
         return
+    # small tensors: threads that wait for each other cost more than they compute, most of all beside a server
+    torch.set_num_threads(1)
     # Triton decides when a function is decorated, and decorates its own library on import: any test module may be
     # the first to import it
     with pytest.MonkeyPatch.context() as environment:

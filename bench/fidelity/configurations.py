@@ -10,7 +10,7 @@ from typing import Any
 
 from hardkv_sglang.config import HardKVConfig
 
-ABLATION_DOCUMENTS = 2
+ABLATION_DOCUMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,6 @@ class Configuration:
     options: dict[str, Any]
     num_documents: int | None = None  # run on the first so many documents; None: on all
     needle: bool = False  # also run on the needle documents
-    threshold: float | None = None  # importance threshold of `ThresholdPolicy`, which then replaces the policy
-    fills_pages: bool = False  # use `PageFillingPolicy`
 
     @property
     def name(self) -> str:
@@ -33,7 +31,7 @@ class Configuration:
     @property
     def key(self) -> str:
         """File name part that changes with the options."""
-        text = json.dumps([self.options, self.threshold] + ["filled"] * self.fills_pages, sort_keys=True)
+        text = json.dumps(self.options, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -54,73 +52,60 @@ def with_needles(configurations: list[Configuration], *names: str) -> list[Confi
     return [replace(c, needle=c.name in names) for c in configurations]
 
 
-def rivals() -> list[Configuration]:
-    """Methods with the same number of tokens for every head."""
-    return [
-        *sweep("streaming", "recent_tokens", (256, 192, 384), policy="streaming"),
-        *sweep("rkv", "uniform_tokens", (128, 64, 192), policy="rkv"),
-    ]
-
-
 def core() -> list[Configuration]:
-    """HARD-KV as shipped, the strongest rival, and HARD-KV's metric with one budget for all heads."""
+    """HARD-KV as shipped, and the methods with the same number of tokens for every head."""
     return [
-        *sweep("snapkv", "uniform_tokens", (128, 64, 256), policy="snapkv"),
-        *sweep("hardkv attention", "top_p", (0.95, 0.98, 0.9)),
-        *sweep("attention uniform", "uniform_tokens", (128, 64, 192), budget="uniform"),
-        *sweep("hardkv attention, floor 96", "top_p", (0.95,), min_tokens=96),
+        *sweep("hardkv", "top_p", (0.995, 0.98, 0.999)),
+        *sweep("snapkv", "uniform_tokens", (128, 256), policy="snapkv"),
+        *sweep("rkv", "uniform_tokens", (128, 256), policy="rkv"),
+        *sweep("streaming", "recent_tokens", (384,), policy="streaming"),
     ]
 
 
-def metrics() -> list[Configuration]:
-    """HARD-KV on the other metrics."""
+def extremes() -> list[Configuration]:
+    """The ends of the curves of `core`."""
     return [
-        *sweep("hardkv snapkv", "top_p", (0.95, 0.99), metric="snapkv"),
-        *sweep("hardkv rkv", "top_p", (0.95,), documents=ABLATION_DOCUMENTS, metric="rkv"),
+        *sweep("hardkv", "top_p", (0.95, 0.9999)),
+        *sweep("snapkv", "uniform_tokens", (64, 512), policy="snapkv"),
+        *sweep("rkv", "uniform_tokens", (64, 512), policy="rkv"),
+    ]
+
+
+def parts() -> list[Configuration]:
+    """What each part of the shipped rule is worth: one changed at a time, swept, so that bytes can be made equal."""
+    few = ABLATION_DOCUMENTS
+    return [
+        *sweep("attention, per head", "top_p", (0.95, 0.98), documents=few, metric="attention", budget="per_head"),
+        *sweep("attention, shared", "top_p", (0.95, 0.98), documents=few, metric="attention"),
+        *sweep("attention, uniform", "uniform_tokens", (128, 256), documents=few, metric="attention", budget="uniform"),
+        *sweep("output, uniform", "uniform_tokens", (128, 256), documents=few, budget="uniform"),
+        *sweep("output, per head", "top_p", (0.98,), documents=few, budget="per_head"),
+        *sweep("snapkv metric, per head", "top_p", (0.95,), documents=few, metric="snapkv", budget="per_head"),
     ]
 
 
 def ablations() -> list[Configuration]:
-    """One part changed at a time, on fewer documents."""
-    top_p, uniform = {"top_p": 0.98}, {"budget": "uniform", "uniform_tokens": 128}
+    """One option changed at a time."""
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("top_p=0.98", top_p),
-        ("uniform 128", uniform),
-    ]
-    events = [{"condense_interval": 128}, {"query_window": 128}, {"recent_tokens": 256}]
-    parts: list[tuple[str, dict[str, Any]]] = [
-        ("snapkv top_p=0.95", {"metric": "snapkv", "calibration": "none"}),
-        ("snapkv top_p=0.99", {"top_p": 0.99, "metric": "snapkv", "calibration": "none"}),
-        ("top_p=0.95", {"query_reduction": "union"}),
-        ("top_p=0.95", {"query_reduction": "max"}),
-        ("top_p=0.95", {"group_reduction": "max"}),
-        ("uniform 128", {"query_reduction": "max", **uniform}),
-        ("top_p=0.98", {"recent_tokens": 64, **top_p}),
-    ]
-    changed = [(name, {**base, **change}) for change in events for name, base in changes]
-    return [ablation(name, options) for name, options in [*parts, *changed]] + [
-        Configuration("threshold", f"{value:g}", {}, ABLATION_DOCUMENTS, threshold=value)
-        for value in (1e-4, 3e-4, 1e-3)
-    ]
-
-
-def experiments() -> list[Configuration]:
-    """Rules that are not shipped; `late` selects once, just before tokens are condensed: no cautious sparse span."""
-    few = ABLATION_DOCUMENTS
-    filled = sweep("hardkv, pages filled, late", "top_p", (0.9, 0.95, 0.98), documents=few, select_interval=512)
-    return [
-        *(replace(configuration, fills_pages=True) for configuration in filled),
-        *sweep(
-            "attention uniform, late", "uniform_tokens", (128, 64, 192),
-            documents=few, budget="uniform", select_interval=512,
+        ("32 queries", {"query_window": 32}),
+        ("128 queries", {"query_window": 128}),
+        ("cautious sparse span", {"select_interval": 128}),
+        ("immediate condensation", {"select_interval": 128, "condense_interval": 128}),
+        ("floor 0", {"min_tokens": 0}),
+        ("floor 64", {"min_tokens": 64}),
+        ("window 64", {"recent_tokens": 64}),
+        ("window 256", {"recent_tokens": 256}),
+        ("maximum over queries", {"query_reduction": "max"}),
+        (
+            "attention, per head, union over queries",
+            {"metric": "attention", "budget": "per_head", "query_reduction": "union", "top_p": 0.95},
         ),
-        *sweep(
-            "snapkv, late", "uniform_tokens", (64, 128), documents=few, policy="snapkv", select_interval=512
+        (
+            "snapkv metric, per head, uncalibrated",
+            {"metric": "snapkv", "budget": "per_head", "calibration": "none", "top_p": 0.95},
         ),
-        *sweep("hardkv attention, late", "top_p", (0.98,), documents=few, select_interval=512),
-        replace(ablation("pages filled", {"top_p": 0.95}), fills_pages=True),
-        ablation("top_p=0.98", {"top_p": 0.98, "min_tokens": 64, "max_tokens": 256}),
-    ]  # fmt: skip
+    ]
+    return [ablation(name, options) for name, options in changes]
 
 
 def ablation(name: str, options: dict[str, Any]) -> Configuration:
@@ -132,15 +117,13 @@ def ablation(name: str, options: dict[str, Any]) -> Configuration:
 
 def full_sweep() -> list[Configuration]:
     """Everything that the documentation reports, most important first."""
-    asked = ("hardkv attention top_p=0.95", "hardkv attention top_p=0.98", "snapkv uniform_tokens=128",
-             "attention uniform uniform_tokens=128", "streaming recent_tokens=256")  # fmt: skip
-    measured = [*core(), *experiments(), *rivals(), *metrics(), *ablations(), *exact()]
-    return with_needles(measured, *asked)
+    asked = ("hardkv top_p=0.995", "hardkv top_p=0.999", "snapkv uniform_tokens=256", "rkv uniform_tokens=256")
+    return with_needles([*core(), *parts(), *ablations(), *exact(), *extremes()], *asked)
 
 
 def quick_sweep() -> list[Configuration]:
     """Three configurations for continuous integration."""
-    shipped = Configuration("hardkv attention", "shipped", {})
+    shipped = Configuration("hardkv", "shipped", {})
     return [shipped, *sweep("snapkv", "uniform_tokens", (128,), policy="snapkv"), *exact()]
 
 

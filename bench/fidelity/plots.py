@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from bench.fidelity.report import Finished, last_fractions
 
-DRAWN_FAMILY = "hardkv attention"
+DRAWN_FAMILY = "hardkv"
 DRAWN_KEPT = 0.25
 """The budgets that are drawn are those of the configuration that comes closest to this kept fraction."""
 

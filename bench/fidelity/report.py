@@ -24,7 +24,7 @@ Finished = tuple[Configuration, Text, Path]
 PACKAGES = ("torch", "transformers", "numpy", "hardkv-sglang")
 TARGETS = (0.125, 0.25, 0.5)
 """Kept fractions at which policies are compared."""
-NOT_SCORED = 256
+NOT_SCORED = 640
 """First decoded tokens that do not count: with the shipped intervals the first event comes after them."""
 HEADLINES = {
     "mean_kl": "mean KL",

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from bench.fidelity.configurations import Configuration
-from bench.fidelity.experiments import PageFillingPolicy, ThresholdPolicy
 from bench.fidelity.model import BlockModel
 from bench.fidelity.needle import Span
 from bench.fidelity.scores import Reference, TokenScores
@@ -47,10 +46,6 @@ def run_task(model: BlockModel, reference: Reference, text: Text, configuration:
     """Decode one document under one configuration; returns everything the report needs."""
     started = time.perf_counter()
     session = CompressedSession(model.shape, configuration.config, len(text.tokens))
-    if configuration.threshold is not None:
-        session.executor.policy = ThresholdPolicy(configuration.config, configuration.threshold)
-    elif configuration.fills_pages:
-        session.executor.policy = PageFillingPolicy(configuration.config, PAGE_SIZE)
     with torch.inference_mode():
         session.prefill(reference.cache, text.prompt_len)
         scores = score_blocks(model, reference, session)
@@ -58,8 +53,6 @@ def run_task(model: BlockModel, reference: Reference, text: Text, configuration:
     return {
         "document": text.name,
         "options": configuration.options,
-        "threshold": configuration.threshold,
-        "fills_pages": configuration.fills_pages,
         "prompt_len": text.prompt_len,
         "decode_len": text.decode_len,
         "num_kv_heads": model.shape.num_kv_heads,

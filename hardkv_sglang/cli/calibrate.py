@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from hardkv_sglang.config import HardKVConfig
 
     try:
-        options = HardKVConfig.parse(args.config).with_options(policy="hardkv", metric=args.metric)
+        options = HardKVConfig.parse(args.config).with_options(policy="hardkv", budget="per_head", metric=args.metric)
         tokens = read_tokens(args.model, args.text, args.tokens)
         events = place_events(len(tokens), args.prompt, args.events, options)
         recorder = EventRecorder(options, args.prompt, events)
@@ -137,7 +137,7 @@ class EventRecorder:
 
         from hardkv_sglang.policies import make_policy
 
-        policy = make_policy(self.options)
+        policy = make_policy(self.options, page_size=1)
         selections = [self._select(policy, query, key, scale, seq_len) for seq_len in self.events]
         self.temperature.append(torch.stack([selection.temperature for selection in selections]))
         self.infeasible.append(torch.stack([selection.infeasible for selection in selections]))

@@ -1,4 +1,4 @@
-"""Selection policies behind one seam: `Policy.select(candidates, temperature) -> Selection`."""
+"""Selection policies behind one seam: `Policy.score(candidates)`, then `Policy.choose(scored) -> Selection`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from hardkv_sglang.policies.base import Policy
 from hardkv_sglang.policies.hardkv import hardkv_policy
 from hardkv_sglang.policies.rkv import rkv_policy
 from hardkv_sglang.policies.snapkv import snapkv_policy
-from hardkv_sglang.policies.streaming import StreamingPolicy
+from hardkv_sglang.policies.streaming import streaming_policy
 
-POLICIES: dict[str, Callable[[HardKVConfig], Policy]] = {
+POLICIES: dict[str, Callable[[HardKVConfig, int], Policy]] = {
     "hardkv": hardkv_policy,
     "snapkv": snapkv_policy,
     "rkv": rkv_policy,
-    "streaming": StreamingPolicy,
+    "streaming": streaming_policy,
 }
 
 
-def make_policy(options: HardKVConfig) -> Policy:
-    """The policy that the options name; `HardKVConfig` admits only known names."""
-    return POLICIES[options.policy](options)
+def make_policy(options: HardKVConfig, page_size: int) -> Policy:
+    """The policy that the options name; `HardKVConfig` admits only known names.
+
+    page_size: tokens of a head page, which lists with a budget of their own fill.
+    """
+    return POLICIES[options.policy](options, page_size)

@@ -1,4 +1,4 @@
-"""HARD-KV: every KV head keeps the smallest set of candidates that carries attention mass `top_p`."""
+"""HARD-KV: keep the smallest set of candidates that carries the share `top_p`, per KV head or over all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from hardkv_sglang.calibration import (
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.importance import (
     METRICS,
-    Importance,
     Metric,
     across_distributions,
     measure_importance,
@@ -26,33 +25,36 @@ from hardkv_sglang.policies.base import Policy
 from hardkv_sglang.policies.uniform import UniformPolicy
 from hardkv_sglang.selection import (
     Candidates,
+    Scored,
     Selection,
     ascending_order,
     bound_counts,
     last_in_order,
     mass_kept,
+    shared_top_p_set,
     top_p_counts,
     top_p_set,
 )
 
 
-def hardkv_policy(options: HardKVConfig) -> Policy:
-    """Budgets per KV head, or its metric with one budget for all heads (`budget=uniform`, an ablation)."""
+def hardkv_policy(options: HardKVConfig, page_size: int) -> Policy:
+    """Top-p budgets, or its metric with one budget for all heads (`budget=uniform`)."""
     if options.budget == "uniform":
-        return UniformPolicy(options, metric=options.metric)
-    return HardKVPolicy(options)
+        return UniformPolicy(options, options.metric)
+    return HardKVPolicy(options, page_size)
 
 
 @dataclass(frozen=True)
-class HardKVPolicy:
-    """Calibrated Top-p per KV head (HARD-KV, arXiv 2606.28831), floor `min_tokens`, cap `max_tokens`.
+class HardKVPolicy(Policy):
+    """Calibrated Top-p (HARD-KV, arXiv 2606.28831), floor `min_tokens`, cap `max_tokens`.
 
-    Below p = 1 a list keeps the union over its distributions of each one's Top-p set. p = 1 chooses every
-    candidate, and so does an event without a valid query, which knows nothing. The cap bounds the tables, so
-    it holds in both cases too.
+    Below p = 1 a list keeps the union over its distributions of each one's Top-p set, then fills its last head page:
+    that costs no memory. p = 1 chooses every candidate, and so does an event without a valid query, which knows
+    nothing. The cap bounds the tables, so it holds in both cases too.
     """
 
     options: HardKVConfig
+    page_size: int
 
     @property
     def metric(self) -> Metric:
@@ -64,48 +66,53 @@ class HardKVPolicy:
         """See `Policy.needs_keys`."""
         return self.metric.needs_keys
 
-    def select(self, candidates: Candidates, temperature: torch.Tensor | None = None) -> Selection:
-        """See `Policy.select`."""
-        options, valid = self.options, candidates.valid
-        importance = measure_importance(candidates, options.group_reduction, options.query_reduction)
-        scores = self.metric.score(importance, candidates, options)
-        chosen, calibration = self._choose(scores, importance, valid, temperature)
-        ranking = across_distributions(scores, importance)
-        keep = bound_counts(chosen, ranking, valid, options.min_tokens, options.max_tokens)
-        mass = mass_kept(importance.mean, keep)
-        return Selection(keep, calibration.temperature, mass, calibration.infeasible)
+    @property
+    def needs_values(self) -> bool:
+        """See `Policy.needs_values`."""
+        return self.metric.needs_values
 
-    def _choose(
-        self,
-        scores: torch.Tensor,
-        importance: Importance,
-        valid: torch.Tensor,
-        temperature: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, Calibration]:
-        """The set before floor and cap, [B, N] bool, and the temperatures that gave it."""
-        top_p = self.options.top_p
+    def score(self, candidates: Candidates) -> Scored:
+        """See `Policy.score`."""
+        options = self.options
+        importance = measure_importance(candidates, options.group_reduction, options.query_reduction)
+        return Scored(self.metric.score(importance, candidates, options), importance, candidates.valid)
+
+    def choose(self, scored: Scored, temperature: torch.Tensor | None = None) -> Selection:
+        """See `Policy.choose`."""
+        options, valid, importance = self.options, scored.valid, scored.importance
+        chosen, calibration = self._choose(scored, temperature)
+        ranking = across_distributions(scored.scores, importance)
+        keep = bound_counts(chosen, ranking, valid, options.min_tokens, options.max_tokens, self.page_size)
+        return Selection(keep, calibration.temperature, mass_kept(importance.mean, keep), calibration.infeasible)
+
+    def _choose(self, scored: Scored, temperature: torch.Tensor | None) -> tuple[torch.Tensor, Calibration]:
+        """The set before floor, cap and page filling, [B, N] bool, and the temperatures that gave it."""
+        valid, importance, top_p = scored.valid, scored.importance, self.options.top_p
         if top_p == 1.0:
             return valid, uncalibrated(valid)
-        order = ascending_order(scores, valid[:, None, :])
-        mass, calibration = self._spread(scores, order, importance, valid, temperature)
-        chosen = top_p_set(mass, order, top_p).any(1)
+        order = ascending_order(scored.scores, valid[:, None, :])
+        mass, calibration = self._spread(scored, order, temperature)
+        if self.options.budget == "shared":
+            chosen = shared_top_p_set(mass[:, 0], valid, top_p)
+        else:
+            chosen = top_p_set(mass, order, top_p).any(1)
         if self.options.guarantee == "raw":
             chosen |= top_p_set(importance.mean, ascending_order(importance.mean, valid), top_p)
         return torch.where(importance.observed, chosen & valid, valid), calibration
 
     def _spread(
-        self,
-        scores: torch.Tensor,
-        order: torch.Tensor,
-        importance: Importance,
-        valid: torch.Tensor,
-        temperature: torch.Tensor | None,
+        self, scored: Scored, order: torch.Tensor, temperature: torch.Tensor | None
     ) -> tuple[torch.Tensor, Calibration]:
         """The probabilities that Top-p acts on, [B, V, N], and the temperatures that gave them."""
-        options, attention = self.options, importance.distributions
-        if self.metric.is_attention:
-            return scores, uncalibrated(valid)
-        logits2, mass = log2_scores(scores, valid), attention.sum(-1)
+        options, attention, valid = self.options, scored.importance.distributions, scored.valid
+        if self.metric.unit == "probability":
+            return scored.scores, uncalibrated(valid)
+        if self.metric.unit == "energy":
+            total = scored.scores.sum((1, 2), keepdim=True)
+            if options.budget == "shared":
+                total = total.mean(0, keepdim=True)
+            return scored.scores / torch.where(total > 0, total, 1.0), uncalibrated(valid)
+        logits2, mass = log2_scores(scored.scores, valid), attention.sum(-1)
         if options.calibration == "none":
             calibration = uncalibrated(valid)
         else:

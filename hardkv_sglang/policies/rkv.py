@@ -6,6 +6,7 @@ from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.policies.uniform import UniformPolicy
 
 
-def rkv_policy(options: HardKVConfig) -> UniformPolicy:
+def rkv_policy(options: HardKVConfig, page_size: int) -> UniformPolicy:
     """Keep `uniform_tokens` candidates by attention minus redundancy (R-KV, arXiv 2505.24133)."""
+    del page_size
     return UniformPolicy(options, metric="rkv")

@@ -6,6 +6,7 @@ from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.policies.uniform import UniformPolicy
 
 
-def snapkv_policy(options: HardKVConfig) -> UniformPolicy:
+def snapkv_policy(options: HardKVConfig, page_size: int) -> UniformPolicy:
     """Keep `uniform_tokens` candidates by pooled attention (SnapKV, arXiv 2404.14469)."""
+    del page_size
     return UniformPolicy(options, metric="snapkv")

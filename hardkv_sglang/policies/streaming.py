@@ -9,11 +9,12 @@ import torch
 from hardkv_sglang.calibration import uncalibrated
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.importance import measure_importance
-from hardkv_sglang.selection import Candidates, Selection, mass_kept
+from hardkv_sglang.policies.base import Policy
+from hardkv_sglang.selection import Candidates, Scored, Selection, mass_kept
 
 
 @dataclass(frozen=True)
-class StreamingPolicy:
+class StreamingPolicy(Policy):
     """Keep the `sink_tokens` oldest candidates of every list (StreamingLLM, arXiv 2309.17453).
 
     The recent window needs no choice: it is never a candidate. Attention is measured only to report its
@@ -27,11 +28,27 @@ class StreamingPolicy:
         """See `Policy.needs_keys`."""
         return False
 
-    def select(self, candidates: Candidates, temperature: torch.Tensor | None = None) -> Selection:
-        """See `Policy.select`; there is nothing to calibrate."""
+    @property
+    def needs_values(self) -> bool:
+        """See `Policy.needs_values`."""
+        return False
+
+    def score(self, candidates: Candidates) -> Scored:
+        """See `Policy.score`."""
+        importance = measure_importance(candidates, "mean", "mean")
+        return Scored(importance.distributions, importance, candidates.valid)
+
+    def choose(self, scored: Scored, temperature: torch.Tensor | None = None) -> Selection:
+        """See `Policy.choose`; there is nothing to calibrate."""
         del temperature
-        valid = candidates.valid
+        valid = scored.valid
         keep = valid & (valid.cumsum(-1) <= self.options.sink_tokens)
         calibration = uncalibrated(valid)
-        mass = mass_kept(measure_importance(candidates, "mean", "mean").mean, keep)
+        mass = mass_kept(scored.importance.mean, keep)
         return Selection(keep, calibration.temperature, mass, calibration.infeasible)
+
+
+def streaming_policy(options: HardKVConfig, page_size: int) -> StreamingPolicy:
+    """Keep sinks and the recent window."""
+    del page_size
+    return StreamingPolicy(options)

@@ -9,11 +9,12 @@ import torch
 from hardkv_sglang.calibration import uncalibrated
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.importance import METRICS, across_distributions, measure_importance
-from hardkv_sglang.selection import Candidates, Selection, bound_counts, mass_kept
+from hardkv_sglang.policies.base import Policy
+from hardkv_sglang.selection import Candidates, Scored, Selection, bound_counts, mass_kept
 
 
 @dataclass(frozen=True)
-class UniformPolicy:
+class UniformPolicy(Policy):
     """Keep the `uniform_tokens` best candidates of every list by one metric.
 
     Ties, and so lists without a valid query, keep the newest.
@@ -27,14 +28,23 @@ class UniformPolicy:
         """See `Policy.needs_keys`."""
         return METRICS[self.metric].needs_keys
 
-    def select(self, candidates: Candidates, temperature: torch.Tensor | None = None) -> Selection:
-        """See `Policy.select`; there is nothing to calibrate."""
-        del temperature
-        options, valid = self.options, candidates.valid
+    @property
+    def needs_values(self) -> bool:
+        """See `Policy.needs_values`."""
+        return METRICS[self.metric].needs_values
+
+    def score(self, candidates: Candidates) -> Scored:
+        """See `Policy.score`."""
+        options = self.options
         importance = measure_importance(candidates, options.group_reduction, options.query_reduction)
-        scores = METRICS[self.metric].score(importance, candidates, options)
-        budget = options.uniform_tokens
-        keep = bound_counts(valid, across_distributions(scores, importance), valid, floor=budget, cap=budget)
+        return Scored(METRICS[self.metric].score(importance, candidates, options), importance, candidates.valid)
+
+    def choose(self, scored: Scored, temperature: torch.Tensor | None = None) -> Selection:
+        """See `Policy.choose`; there is nothing to calibrate."""
+        del temperature
+        valid, budget = scored.valid, self.options.uniform_tokens
+        ranking = across_distributions(scored.scores, scored.importance)
+        keep = bound_counts(valid, ranking, valid, floor=budget, cap=budget)
         calibration = uncalibrated(valid)
-        mass = mass_kept(importance.mean, keep)
+        mass = mass_kept(scored.importance.mean, keep)
         return Selection(keep, calibration.temperature, mass, calibration.infeasible)

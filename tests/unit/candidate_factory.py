@@ -36,7 +36,7 @@ def make_candidates(
     logits2 = torch.randn(B, group, queries, N, generator=g, dtype=torch.float64) * spread
     valid = torch.arange(N) >= N - torch.tensor(counts)[:, None]
     attended = valid & (torch.rand(B, N, generator=g) < 0.67)
-    keys = torch.randn(B, N, head_dim, generator=g, dtype=torch.float64)
+    keys, values = (torch.randn(B, N, head_dim, generator=g, dtype=torch.float64) for _ in range(2))
     inside = logits2.masked_fill(~attended[:, None, None], -math.inf)
     always_kept = torch.full((B, group, queries, 1), always, dtype=torch.float64)
     lse2 = torch.logsumexp(torch.cat((inside, always_kept), -1) * math.log(2), -1) / math.log(2)
@@ -47,9 +47,10 @@ def make_candidates(
     live = valid[:, None, None] & query_valid[:, None]
     logits2 = torch.where(live, logits2, poison)
     lse2 = torch.where(query_valid, lse2, math.nan)
-    keys = torch.where(valid[..., None], keys, math.nan)
+    keys, values = (torch.where(valid[..., None], x, math.nan) for x in (keys, values))
     attended = attended | ~valid & (torch.rand(B, N, generator=g) < 0.5)
-    return Candidates(logits2.to(dtype), lse2.to(dtype), attended, valid, query_valid, keys.to(dtype))
+    floats = [x.to(dtype) for x in (logits2, lse2, keys, values)]
+    return Candidates(*floats[:2], attended, valid, query_valid, *floats[2:])
 
 
 @st.composite

@@ -24,6 +24,7 @@ class OracleList:
     queries: list[int]
     probabilities: dict[tuple[int, int], tuple[dict[int, float], float]]  # (g, i) -> (token -> P, A)
     keys: dict[int, Row]
+    values: dict[int, Row]
     group: int
 
 
@@ -32,7 +33,7 @@ def lists_of(candidates: Candidates) -> list[OracleList]:
     logits2, lse2 = candidates.logits2.double().tolist(), candidates.lse2.double().tolist()
     valid, attended = candidates.valid.tolist(), candidates.attended.tolist()
     queries = [i for i, exists in enumerate(candidates.query_valid.tolist()) if exists]
-    keys = None if candidates.keys is None else candidates.keys.double().tolist()
+    keys, values = ([] if x is None else x.double().tolist() for x in (candidates.keys, candidates.values))
     result = []
     for b in range(len(valid)):
         tokens = [j for j, exists in enumerate(valid[b]) if exists]
@@ -43,8 +44,8 @@ def lists_of(candidates: Candidates) -> list[OracleList]:
                 row = {j: logits2[b][g][i][j] for j in tokens}
                 inside = [j for j in tokens if attended[b][j]]
                 probabilities[g, i] = joint_probabilities(row, lse2[b][g][i], inside)
-        key_rows = {} if keys is None else {j: keys[b][j] for j in tokens}
-        result.append(OracleList(len(valid[b]), tokens, queries, probabilities, key_rows, group))
+        rows = [{j: x[b][j] for j in tokens} if x else {} for x in (keys, values)]
+        result.append(OracleList(len(valid[b]), tokens, queries, probabilities, *rows, group))
     return result
 
 
@@ -220,3 +221,14 @@ def rank_tokens(
         scale = 1.0 if len(rows) == 1 else sum(mass.values()) / (sum(score.values()) or 1.0)
         ranking = {j: max(ranking[j], scale * score[j]) for j in lst.tokens}
     return ranking
+
+
+def output_energy(lst: OracleList) -> dict[int, float]:
+    """Expected squared change of the head's output per dropped token: mean of P^2, times |v - mean output|^2."""
+    mean, count = mean_importance(lst), lst.group * len(lst.queries)
+    total = sum(mean.values()) or 1.0
+    width = len(next(iter(lst.values.values()), []))
+    output = [sum(mean[j] * lst.values[j][d] for j in lst.tokens) / total for d in range(width)]
+    distance = {j: sum((x - y) ** 2 for x, y in zip(lst.values[j], output, strict=True)) for j in lst.tokens}
+    square = {j: sum(lst.probabilities[key][0][j] ** 2 for key in lst.probabilities) / count for j in lst.tokens}
+    return {j: square[j] * distance[j] for j in lst.tokens}

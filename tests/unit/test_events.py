@@ -171,7 +171,8 @@ def test_every_step_attends_what_the_events_kept(prompt_len: int) -> None:
     [
         {"metric": "snapkv"},
         {"metric": "rkv"},
-        {"query_reduction": "union"},
+        {"query_reduction": "union", "budget": "per_head"},
+        {"metric": "attention"},
         {"policy": "snapkv", "uniform_tokens": 40},
         {"policy": "rkv", "uniform_tokens": 40},
         {"policy": "streaming"},

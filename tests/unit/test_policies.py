@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -13,13 +14,20 @@ from torch.overrides import TorchFunctionMode
 
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.policies import POLICIES, make_policy
+from hardkv_sglang.policies.base import Policy
 from hardkv_sglang.selection import Candidates, Selection
 
+PER_HEAD = {"metric": "attention", "budget": "per_head", "top_p": 0.95}
+"""What the tests start from, whatever is shipped."""
 FREE = {"min_tokens": 0, "max_tokens": None}
 """No floor and no cap."""
 ATTENTION = {"metric": "attention", **FREE}
 VARIANTS = [
     {},
+    {"metric": "output"},
+    {"metric": "output", "budget": "shared"},
+    {"metric": "snapkv", "budget": "shared"},
+    {"budget": "shared"},
     {"query_reduction": "union"},
     {"group_reduction": "max", "query_reduction": "max"},
     {"metric": "snapkv"},
@@ -39,8 +47,12 @@ def ids(options: dict) -> str:
     return "-".join(f"{value}" for value in options.values()) or "default"
 
 
+def policy_of(**options) -> Policy:
+    return make_policy(HardKVConfig(**{**PER_HEAD, **options}), 1)
+
+
 def select(candidates: Candidates, temperature: torch.Tensor | None = None, **options) -> Selection:
-    return make_policy(HardKVConfig(**options)).select(candidates, temperature)
+    return policy_of(**options).select(candidates, temperature)
 
 
 def as_sets(mask: torch.Tensor) -> list[set[int]]:
@@ -61,10 +73,10 @@ REDUCTIONS = list(product(["mean", "max"], ["mean", "max", "union"]))
 def test_hardkv_equals_oracle(metric, group, query, data, top_p, guarantee):
     candidates = data.draw(random_candidates())
     options = HardKVConfig(
-        metric=metric, group_reduction=group, query_reduction=query, top_p=top_p, guarantee=guarantee,
+        metric=metric, budget="per_head", group_reduction=group, query_reduction=query, top_p=top_p, guarantee=guarantee,
         min_tokens=data.draw(st.sampled_from([0, 5])), max_tokens=data.draw(st.sampled_from([None, 32])),
     )  # fmt: skip
-    result = make_policy(options).select(candidates)
+    result = make_policy(options, 1).select(candidates)
     keep = as_sets(result.keep)
     for b, lst in enumerate(oracle.lists_of(candidates)):
         temperature = result.temperature[b].item() or 1.0
@@ -103,7 +115,7 @@ def test_event_without_candidate_slots(options):
     assert not result.infeasible.any()
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=ids)
+@pytest.mark.parametrize("options", [o for o in VARIANTS if o.get("budget") != "shared"], ids=ids)
 def test_lists_never_influence_each_other(options):
     candidates = make_candidates(seed=11, counts=[40, 0, 33, 12], dtype=torch.float32)
     together = select(candidates, **options)
@@ -112,6 +124,7 @@ def test_lists_never_influence_each_other(options):
         alone = replace(
             candidates, logits2=candidates.logits2[part], lse2=candidates.lse2[part],
             attended=candidates.attended[part], valid=candidates.valid[part], keys=candidates.keys[part],
+            values=candidates.values[part],
         )  # fmt: skip
         result = select(alone, **options)
         assert torch.equal(result.keep, together.keep[part])
@@ -128,6 +141,7 @@ def test_what_is_not_valid_changes_nothing(options):
         lse2=torch.where(candidates.query_valid, candidates.lse2, -1e4),
         attended=candidates.attended & candidates.valid,
         keys=torch.where(candidates.valid[..., None], candidates.keys, 1.0),
+        values=torch.where(candidates.valid[..., None], candidates.values, 1.0),
     )
     assert equal(select(candidates, **options), select(cleaned, **options))
 
@@ -135,7 +149,7 @@ def test_what_is_not_valid_changes_nothing(options):
 @pytest.mark.parametrize("options", VARIANTS, ids=ids)
 def test_requests_share_nothing(options):
     one, other = (make_candidates(seed=s, counts=[40, 33], dtype=torch.float32) for s in (1, 2))
-    policy = make_policy(HardKVConfig(**options))
+    policy = policy_of(**options)
     before = policy.select(other)
     policy.select(one)
     assert equal(policy.select(other), before)
@@ -324,7 +338,7 @@ def test_invalid_candidates_never_score():
 @pytest.mark.parametrize("metric", ["snapkv", "rkv"])
 def test_a_reused_temperature_gives_the_same_selection(metric, query):
     candidates = make_candidates(seed=29, counts=[40, 64, 33, 0], dtype=torch.float32)
-    policy = make_policy(HardKVConfig(metric=metric, query_reduction=query, **FREE))
+    policy = policy_of(metric=metric, query_reduction=query, **FREE)
     first = policy.select(candidates, None)
     assert torch.equal(policy.select(candidates, first.temperature).keep, first.keep)
     zeros = policy.select(candidates, torch.zeros(4))
@@ -333,7 +347,7 @@ def test_a_reused_temperature_gives_the_same_selection(metric, query):
 
 def test_only_uncalibrated_lists_are_calibrated():
     candidates = make_candidates(seed=29, counts=[40, 64, 33])
-    policy = make_policy(HardKVConfig(metric="snapkv", **FREE))
+    policy = policy_of(metric="snapkv", **FREE)
     fresh = policy.select(candidates, None).temperature
     mixed = policy.select(candidates, torch.tensor([0.0, 9.0, 0.0])).temperature
     assert mixed.tolist() == [fresh[0].item(), 9.0, fresh[2].item()]
@@ -346,7 +360,7 @@ def test_infeasible_lists_are_flagged_until_they_reuse():
     candidates.logits2[..., 10] = 0.0
     candidates.attended.fill_(True)
     candidates.lse2.zero_()
-    policy = make_policy(HardKVConfig(metric="snapkv", **FREE))
+    policy = policy_of(metric="snapkv", **FREE)
     first = policy.select(candidates)
     assert first.infeasible.tolist() == [True]
     assert as_sets(first.keep) == [set(range(7, 14))]
@@ -396,13 +410,69 @@ def test_streaming_keeps_the_oldest_whatever_they_score(sinks):
     assert torch.equal(result.kept_mass, select(candidates, policy="streaming", sink_tokens=sinks).kept_mass)
 
 
-def test_only_rkv_reads_keys():
-    needing = [o for o in VARIANTS if make_policy(HardKVConfig(**o)).needs_keys]
+def test_only_rkv_reads_keys_and_only_output_reads_values():
+    needing = [o for o in VARIANTS if policy_of(**o).needs_keys]
     assert needing == [o for o in VARIANTS if "rkv" in (o.get("metric"), o.get("policy"))]
-    candidates = replace(make_candidates(seed=43, counts=[5]), keys=None)
+    reading = [o for o in VARIANTS if policy_of(**o).needs_values]
+    assert reading == [o for o in VARIANTS if o.get("metric") == "output"]
+    candidates = replace(make_candidates(seed=43, counts=[5]), keys=None, values=None)
     for options in VARIANTS:
-        if options not in needing:
+        if options not in needing + reading:
             select(candidates, **options)
+
+
+@pytest.mark.parametrize("metric", ["attention", "output"])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), top_p=st.sampled_from(TOP_P))
+def test_shared_budget_is_the_smallest_set_of_all_lists(metric, data, top_p):
+    # a single candidate is at no distance from the mean of the candidates: its energy is a rounding error
+    candidates = data.draw(random_candidates(min_count=2))
+    lists = oracle.lists_of(candidates)
+    weights = [oracle.mean_importance(lst) if metric == "attention" else oracle.output_energy(lst) for lst in lists]
+    total = len(lists) if metric == "attention" else sum(sum(w.values()) for w in weights)
+    ranked = sorted((w, b, j) for b, row in enumerate(weights) for j, w in row.items())
+    allowed, keep = (1 - top_p) * total, [set(row) for row in weights]
+    for weight, b, j in ranked:
+        allowed -= weight
+        if allowed < 0:
+            break
+        keep[b].discard(j)
+    assert as_sets(select(candidates, metric=metric, budget="shared", top_p=top_p, **FREE).keep) == keep
+
+
+@settings(max_examples=20, deadline=None)
+@given(candidates=random_candidates(), low=st.floats(0.05, 1.0), high=st.floats(0.05, 1.0))
+def test_shared_sets_grow_with_p(candidates, low, high):
+    options = {"metric": "output", "budget": "shared", **FREE}
+    small, large = (select(candidates, top_p=p, **options).keep for p in sorted((low, high)))
+    assert not (small & ~large).any()
+
+
+def test_shared_budget_follows_the_lists():
+    """Swapping lists swaps what they keep; a head whose values are all alike keeps nothing."""
+    candidates = make_candidates(seed=47, counts=[40, 40, 40])
+    alike = candidates.values.clone()
+    alike[1] = torch.where(candidates.valid[1, :, None], 2.0, math.nan)
+    candidates = replace(candidates, values=alike)
+    keep = select(candidates, metric="output", budget="shared", top_p=0.9001, **FREE).keep
+    assert keep[0].any() and keep[2].any() and not keep[1].any()
+    order = torch.tensor([2, 1, 0])
+    tensors = {name: getattr(candidates, name)[order] for name in ("logits2", "lse2", "attended", "valid", "values")}
+    swapped = replace(candidates, **tensors)
+    assert torch.equal(select(swapped, metric="output", budget="shared", top_p=0.9001, **FREE).keep, keep[order])
+
+
+@pytest.mark.parametrize("budget", ["per_head", "shared"])
+@pytest.mark.parametrize("cap", [32, 40, None])
+def test_lists_fill_their_last_head_page(budget, cap):
+    candidates = make_candidates(seed=53, counts=[0, 1, 7, 8, 33, 64, 70])
+    options = {**PER_HEAD, "budget": budget, "top_p": 0.5003, "min_tokens": 3, "max_tokens": None}
+    bare = make_policy(HardKVConfig(**options), 1).select(candidates).keep
+    filled = make_policy(HardKVConfig(**{**options, "max_tokens": cap}), 8).select(candidates).keep
+    most = candidates.valid.sum(-1).clamp(max=cap or 1000)
+    assert torch.equal(filled.sum(-1), torch.minimum(-(-bare.sum(-1) // 8) * 8, most))
+    uncut = bare.sum(-1) <= most
+    assert not (bare & ~filled)[uncut].any()
 
 
 def test_every_configured_policy_exists():

@@ -1,0 +1,96 @@
+"""What a select event scores, read from the tables and the pool: candidates, and how recent queries attended them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hardkv_sglang.config import ResolvedConfig
+from hardkv_sglang.lifecycle import SelectOp
+from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.policies.base import Policy
+from hardkv_sglang.selection import Candidates
+
+
+class CandidateReader:
+    """Builds `Candidates` for a policy. Writes nothing and never synchronises."""
+
+    def __init__(
+        self,
+        cfg: ResolvedConfig,
+        tables: DeviceTables,
+        k_storage: torch.Tensor,
+        v_storage: torch.Tensor,
+        req_to_token: torch.Tensor,
+        policy: Policy,
+    ) -> None:
+        self.cfg = cfg
+        self.tables = tables
+        self.k_rows = k_storage.view(-1, cfg.layout.head_dim)
+        self.v_rows = v_storage.view(-1, cfg.layout.head_dim)
+        self.req_to_token = req_to_token  # [R, max_context_len] int32
+        self.policy = policy
+
+    def candidates(self, op: SelectOp, layers: slice) -> Candidates:
+        """Candidates of these layers' lists: condensed tokens, right-aligned, then the sparse span."""
+        padding = self.padding(op, layers)
+        rows = self._rows(op, layers, padding)
+        keys = self.k_rows[rows]
+        queries2, lse2 = self._queries(op, layers)
+        B, G, Q, D = queries2.shape
+        logits2 = queries2.view(B, G * Q, D) @ keys.float().transpose(1, 2)
+        return Candidates(
+            logits2=logits2.view(B, G, Q, -1),
+            lse2=lse2,
+            attended=self._attended(op, layers),
+            valid=torch.arange(rows.shape[1], device=rows.device)[None, :] >= padding.view(-1, 1),
+            query_valid=torch.ones(Q, dtype=torch.bool, device=rows.device),
+            keys=keys if self.policy.needs_keys else None,
+            values=self.v_rows[rows] if self.policy.needs_values else None,
+        )
+
+    def padding(self, op: SelectOp, layers: slice) -> torch.Tensor:
+        """Entries before the first condensed token of each list, [l, H] int64."""
+        return op.condensed_list_bound - self.tables.num_condensed[layers, op.row].long()
+
+    def _queries(self, op: SelectOp, layers: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Observation queries times scale * log2(e), [B, G, Q, D] float32, and their LSE [B, G, Q]."""
+        cfg, tables, H, G = self.cfg, self.tables, self.cfg.layout.num_kv_heads, self.cfg.group_size
+        positions = torch.arange(op.first_query, op.seq_len, device=tables.query_ring.device)
+        index = positions % cfg.options.query_window
+        queries = tables.query_ring[layers, op.row][:, index]  # [l, Q, HQ, D]
+        Q, D = queries.shape[1], queries.shape[-1]
+        queries = queries.view(-1, Q, H, G, D).permute(0, 2, 3, 1, 4).reshape(-1, G, Q, D)
+        lse2 = tables.lse2_ring[layers, op.row][:, index].view(-1, Q, H, G).permute(0, 2, 3, 1).reshape(-1, G, Q)
+        return queries.float() * (cfg.softmax_scale * math.log2(math.e)), lse2
+
+    def _rows(self, op: SelectOp, layers: slice, padding: torch.Tensor) -> torch.Tensor:
+        """Storage rows of the candidates, [B, N] int64; arbitrary but valid where padded."""
+        layout, tables = self.cfg.layout, self.tables
+        device = self.req_to_token.device
+        layer_ids = torch.arange(layout.num_layers, device=device)[layers]
+        index = (torch.arange(op.condensed_list_bound, device=device) - padding[..., None]).clamp(min=0)
+        rows = layout.condensed_rows(
+            tables.condensed_pages[op.row],
+            tables.first_page[layers, op.row][..., None].expand_as(index),
+            index,
+        )
+        slots = self.req_to_token[op.row, op.condensed_end : op.recent_start].long()
+        heads = torch.arange(layout.num_kv_heads, device=device)
+        span = (layer_ids[:, None, None] * layout.num_slots + slots) * layout.num_kv_heads + heads[None, :, None]
+        return torch.cat((rows, span), -1).flatten(0, 1)
+
+    def _attended(self, op: SelectOp, layers: slice) -> torch.Tensor:
+        """Candidates that the observed queries attended, [B, N] bool; padding counts as attended."""
+        tables = self.tables
+        old_span = op.old_recent_start - op.condensed_end
+        num_sparse = tables.num_sparse[layers, op.row].flatten()
+        kept = (tables.sparse_positions[layers, op.row].flatten(0, 1).long() - op.condensed_end)[:, :old_span]
+        listed = torch.arange(kept.shape[1], device=kept.device)[None, :] < num_sparse[:, None]
+        # one spare column takes what is outside the lists
+        old = torch.zeros((kept.shape[0], old_span + 1), dtype=torch.bool, device=kept.device)
+        old.scatter_(1, torch.where(listed, kept, old_span), True)
+        condensed = old.new_ones((kept.shape[0], op.condensed_list_bound))
+        recent = old.new_ones((kept.shape[0], op.recent_start - op.old_recent_start))
+        return torch.cat((condensed, old[:, :old_span], recent), 1)
