@@ -44,8 +44,8 @@ class HardKVConfig:
     )
     top_p: float = option(
         0.995, "probability",
-        "share that is kept: of the attention mass (prefix and recent window included), or with the output metric of the "
-        "squared change of the heads' outputs",
+        "share that is kept: of attention mass, prefix and recent window included; with the output metric, of the "
+        "squared change that dropping makes",
         low=0.01, high=1.0,
     )  # fmt: skip
     calibration: str = option(

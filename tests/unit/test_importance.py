@@ -153,7 +153,9 @@ def test_snapkv_pooling_does_not_leak_into_padding():
     mass = torch.tensor([[[0.0, 0.0, 0.0, 0.7, 0.1]]])
     valid = torch.tensor([[False, False, False, True, True]])
     candidates = Candidates(mass[:, None], mass[..., 0], valid, valid, torch.ones(1, dtype=torch.bool))
-    scores = snapkv_scores(Importance(mass, mass[:, 0], mass[:, 0].square(), torch.tensor(True)), candidates, HardKVConfig())
+    scores = snapkv_scores(
+        Importance(mass, mass[:, 0], mass[:, 0].square(), torch.tensor(True)), candidates, HardKVConfig()
+    )
     assert scores.flatten().tolist() == pytest.approx([0, 0, 0, 0.7, 0.7])
 
 

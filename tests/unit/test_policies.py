@@ -73,7 +73,8 @@ REDUCTIONS = list(product(["mean", "max"], ["mean", "max", "union"]))
 def test_hardkv_equals_oracle(metric, group, query, data, top_p, guarantee):
     candidates = data.draw(random_candidates())
     options = HardKVConfig(
-        metric=metric, budget="per_head", group_reduction=group, query_reduction=query, top_p=top_p, guarantee=guarantee,
+        metric=metric, budget="per_head", group_reduction=group, query_reduction=query, top_p=top_p,
+        guarantee=guarantee,
         min_tokens=data.draw(st.sampled_from([0, 5])), max_tokens=data.draw(st.sampled_from([None, 32])),
     )  # fmt: skip
     result = make_policy(options, 1).select(candidates)
