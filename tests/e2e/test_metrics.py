@@ -40,8 +40,8 @@ def while_running(server: Server, running: Future[Any]) -> list[dict[str, float]
     seen = []
     while not running.done():
         samples = scrape(server)
-        seen.append({s.name: samples[s.name][0][1] for s in GAUGES if s.name in samples})
-        time.sleep(0.5)
+        seen.append({s.name: samples[s.name][0][1] for s in GAUGES})
+        time.sleep(1)
     return seen
 
 
@@ -61,7 +61,7 @@ def test_series_agree_with_server_info_and_the_log(server: Server) -> None:
         assert value == pytest.approx(source[series.source]), series.name
     assert samples["hardkv_condense_events_total"][0][1] >= 2
     assert samples["hardkv_freed_pages_total"][0][1] > samples["hardkv_allocated_pages_total"][0][1] > 0
-    assert 0 < samples["hardkv_event_seconds_total"][0][1] < 60
+    assert samples["hardkv_event_seconds_total"][0][1] > 0
 
     condensed = [gauges for gauges in seen if gauges["hardkv_condensed_pages"] > 0]
     assert condensed
@@ -72,8 +72,10 @@ def test_series_agree_with_server_info_and_the_log(server: Server) -> None:
 
 def check_log_lines(log: str) -> None:
     """With one running request, the kept share follows from SGLang's own token count and the number of steps."""
+    # not the line of a step that ended the request: nothing is held by then
     lines = re.findall(
-        r"Decode batch, #running-req: 1, #token: (\d+), token usage: [\d.]+, kv kept: ([\d.]+) %, .*gen throughput", log
+        r"Decode batch, #running-req: 1, #token: ([1-9]\d*), token usage: [\d.]+, kv kept: ([\d.]+) %, ",
+        log,
     )
     assert len(lines) >= NEW_TOKENS // LOG_INTERVAL - 1
     shares = [float(share) / 100 for _, share in lines]
