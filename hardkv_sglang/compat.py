@@ -81,6 +81,12 @@ def custom_params(req: Any) -> dict[str, Any]:
     return req.sampling_params.custom_params or {}
 
 
+def metric_labels(scheduler: Any) -> dict[str, Any] | None:
+    """Labels of SGLang's own scheduler metrics; None without `--enable-metrics`, or if another rank reports."""
+    context = scheduler.metrics_collector_context
+    return context.collector.labels if context.current_scheduler_metrics_enabled else None
+
+
 def tensor_parallel_group() -> torch.distributed.ProcessGroup | None:
     """Process group of the tensor-parallel ranks; None when there is one rank."""
     from sglang.srt.distributed import get_tp_group

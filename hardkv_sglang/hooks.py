@@ -134,6 +134,25 @@ def after_get_internal_state(runtime: HardKVRuntime, output: Any, _scheduler: An
     return output
 
 
+def after_init_metrics_collector(
+    runtime: HardKVRuntime, _result: None, scheduler: Any, *_args: Any, **_kwargs: Any
+) -> None:
+    """init_metrics_collector(self, tp_rank, pp_rank, dp_rank): SGLang has its own series and their labels."""
+    labels = compat.metric_labels(scheduler)
+    if labels is not None:
+        runtime.start_metrics(labels)
+
+
+def after_log_stats(runtime: HardKVRuntime, _result: None, _collector: Any, _stats: Any) -> None:
+    """log_stats(self, stats): SGLang updates its own series, at every log line and when the server gets idle."""
+    runtime.publish_metrics()
+
+
+def after_get_decode_usage_msg_parts(runtime: HardKVRuntime, parts: list[str], _stats: Any) -> list[str]:
+    """get_decode_usage_msg_parts(self): the pool's part of the decode log line."""
+    return [*parts, f"kv kept: {100 * runtime.occupancy().kept_ratio:.1f} %"]
+
+
 RUNTIME_HOOKS = (
     Hook(
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
@@ -190,6 +209,18 @@ RUNTIME_HOOKS = (
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
         HookType.AFTER, after_get_internal_state, "counters in /server_info",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.init_metrics_collector",
+        HookType.AFTER, after_init_metrics_collector, "series on /metrics",
+    ),
+    Hook(
+        "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats",
+        HookType.AFTER, after_log_stats, "update the series when SGLang updates its own",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
+        HookType.AFTER, after_get_decode_usage_msg_parts, "kept share in the decode log line",
     ),
 )  # fmt: skip
 

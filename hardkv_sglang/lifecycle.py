@@ -58,6 +58,7 @@ class RequestState:
     longest_list: int = 0  # tokens in the longest condensed list after the next condense event
     condensed_list_bound: int = 0  # tokens in the longest condensed list now
     released: bool = False
+    seq_len: int = 0  # tokens with KV at the last planned step
     kept_counts: list[int] = field(default_factory=list)  # per (layer, KV head), from the last select event
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,9 +17,13 @@ from hardkv_sglang.lifecycle import LifecyclePlanner, ObserveOp, RequestState, S
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
 from hardkv_sglang.memory_pool.layout import head_pages_needed
 from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.occupancy import Occupancy
 from hardkv_sglang.overrides import is_opted_out
 from hardkv_sglang.priors import check_options, load_priors
 from hardkv_sglang.statistics import RequestReport, Statistics
+
+if TYPE_CHECKING:
+    from hardkv_sglang.metrics import HardKVMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,7 @@ class HardKVRuntime:
         self.states: dict[str, RequestState] = {}  # by request id: running requests that decode under HARD-KV
         self.pending: list[StepPlan] = []  # planned by the scheduler, not yet launched
         self.idle_check_due = False  # something ran since the last check of an idle server
+        self.metrics: HardKVMetrics | None = None  # None on a rank that reports no Prometheus metrics
 
     def attach(self, model_runner: Any) -> None:
         """Allocate tables and take over decode attention. Call before CUDA graphs are captured."""
@@ -100,9 +106,11 @@ class HardKVRuntime:
                 state = self._admit(req)
                 plan_observes.append(ObserveOp(state.row, state.observe_from))
             if not req.finished():
-                views.append((state, compat.committed_len(req)))
+                state.seq_len = compat.committed_len(req)
+                views.append((state, state.seq_len))
         self.idle_check_due = True
-        plan = self.planner.plan(views, allocator)
+        with self.statistics.event_time():
+            plan = self.planner.plan(views, allocator)
         plan.observes = plan_observes
         self.statistics.count_plan(plan)
         if plan.freed_pages:
@@ -124,7 +132,8 @@ class HardKVRuntime:
     def launch(self, batch: Any) -> list[SelectReport]:
         """Run what is planned, on the forward stream, before the batch's own forward."""
         plans, self.pending = self.pending, []
-        reports = [report for plan in plans for report in self.executor.run(plan)]
+        with self.statistics.event_time():
+            reports = [report for plan in plans for report in self.executor.run(plan)]
         if batch.forward_mode.is_extend():
             self.executor.reset(batch.req_pool_indices)
         else:
@@ -201,6 +210,7 @@ class HardKVRuntime:
         if self.states:
             raise IntegrityError(f"the idle server holds compression state of requests {sorted(self.states)}")
         self.check_integrity([], tree_cache)
+        self.publish_metrics()
         self.idle_check_due = False
 
     def check_integrity(self, reqs: list[Any], tree_cache: Any) -> None:
@@ -245,6 +255,21 @@ class HardKVRuntime:
         if not torch.equal(listed, state.condensed_slots[:: layout.page_size].cpu() // layout.page_size):
             raise IntegrityError(f"row {state.row}: the device table names other condensed pages than the host")
 
+    def start_metrics(self, labels: Mapping[str, Any]) -> None:
+        """Export Prometheus series with these labels from now on."""
+        from hardkv_sglang.metrics import HardKVMetrics
+
+        self.metrics = HardKVMetrics(labels)
+
+    def publish_metrics(self) -> None:
+        """Bring the Prometheus series up to date, on a rank that has them."""
+        if self.metrics is not None:
+            self.metrics.publish(self.statistics, self.occupancy())
+
+    def occupancy(self) -> Occupancy:
+        """What the running requests hold."""
+        return Occupancy.of(self.states.values(), self.cfg.layout.page_size)
+
     def describe(self) -> dict[str, Any]:
         """State for `/server_info`."""
         layout, itemsize = self.cfg.layout, self.executor.k_storage.element_size()
@@ -252,6 +277,7 @@ class HardKVRuntime:
             "options": self.options.to_dict(),
             "page_bytes": 2 * layout.columns * layout.page_size * layout.head_dim * itemsize,
             "table_bytes": self.tables.num_bytes,
+            "running": self.occupancy().to_dict(),
             **self.statistics.to_dict(),
         }
 

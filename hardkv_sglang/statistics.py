@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import mean, quantiles
+from time import perf_counter
 from typing import Any
 
 from hardkv_sglang.lifecycle import RequestState, StepPlan
@@ -56,7 +59,9 @@ class Statistics:
 
     select_events: int = 0
     condense_events: int = 0
+    early_events: int = 0  # condense events before their interval, because pages were short
     postponed_events: int = 0
+    retractions_avoided: int = 0  # decode steps in which early events freed what a retraction would have
     freed_pages: int = 0
     allocated_pages: int = 0
     candidate_tokens: int = 0  # tokens that select events could keep, per (layer, KV head)
@@ -64,6 +69,7 @@ class Statistics:
     settled_events: int = 0  # select events whose counts are known
     kept_mass_sum: float = 0.0  # over settled events, mean over lists
     infeasible_lists: int = 0  # lists for which no temperature reaches the target
+    event_seconds: float = 0.0  # host time of planning and launching events
     reports: deque[RequestReport] = field(default_factory=lambda: deque(maxlen=REPORTS_KEPT))
 
     def count_plan(self, plan: StepPlan) -> None:
@@ -83,6 +89,13 @@ class Statistics:
         self.kept_tokens += kept_tokens
         self.kept_mass_sum += kept_mass
         self.infeasible_lists += infeasible_lists
+
+    @contextmanager
+    def event_time(self) -> Iterator[None]:
+        """Add the host time of the block to `event_seconds`."""
+        start = perf_counter()
+        yield
+        self.event_seconds += perf_counter() - start
 
     @property
     def kept_mass(self) -> float:
