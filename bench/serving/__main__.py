@@ -26,6 +26,7 @@ from bench.serving.models import layer_flags, prepare_model
 from bench.serving.presets import PRESETS, Preset
 from bench.serving.report import write_report
 from bench.serving.runner import Runner, TimeLimitError
+from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.demo_model import DemoModelError, cache_directory
 from hardkv_sglang.server_process import ServerError
 
@@ -48,10 +49,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--clients", type=numbers, default=[], metavar="N,M", help="concurrency instead of the preset's"
     )
     parser.add_argument("--model", help="demo, a shape of dummy_models.py, or a folder")
-    parser.add_argument("--layers", type=int, metavar="N", help="run only the first N layers; the report says so")
-    parser.add_argument("--pool-tokens", type=int, metavar="N", help="pool; the number of clients follows it")
-    parser.add_argument("--options", type=json.loads, metavar="JSON", help="compression options")
-    parser.add_argument("--rounds", type=int, metavar="N", help="repetitions, with the systems in alternation")
+    parser.add_argument("--layers", type=positive, metavar="N", help="run only the first N layers; the report says so")
+    parser.add_argument("--pool-tokens", type=positive, metavar="N", help="pool; the number of clients follows it")
+    parser.add_argument("--options", type=compression_options, metavar="JSON", help="compression options")
+    parser.add_argument("--rounds", type=positive, metavar="N", help="repetitions, with the systems in alternation")
     parser.add_argument(
         "--time-limit", type=float, default=math.inf, metavar="S", help="stop after S seconds; resumable"
     )
@@ -68,8 +69,27 @@ def names(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    """Comma-separated numbers."""
-    return [int(word) for word in names(text)]
+    """Comma-separated numbers above 0."""
+    return [positive(word) for word in names(text)]
+
+
+def positive(text: str) -> int:
+    """A number above 0."""
+    if not text.strip().isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def compression_options(text: str) -> dict[str, Any]:
+    """Options as given, once they are known to be valid."""
+    if not text.lstrip().startswith("{"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    try:
+        HardKVConfig.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    options: dict[str, Any] = json.loads(text)
+    return options
 
 
 def build_preset(args: argparse.Namespace) -> Preset:

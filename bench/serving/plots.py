@@ -59,7 +59,7 @@ def draw_time(path: Path, finished: Sequence[Finished], pool_tokens: int) -> Non
                 _draw_samples(upper, lower, cell.system.name, result["samples"])
         upper.set(title=f"{workload.name}, {most} clients")
         lower.axhline(pool_tokens, color="black", linewidth=0.8, linestyle="--", label="pool")
-        lower.set(xlabel="seconds")
+        lower.set(xlabel="seconds since the first decode line")
         upper.set_ylim(bottom=0)
         lower.set_ylim(bottom=0)
     panels[0][0].set_ylabel("running requests")
@@ -70,9 +70,9 @@ def draw_time(path: Path, finished: Sequence[Finished], pool_tokens: int) -> Non
 
 def _draw_samples(upper: Axes, lower: Axes, system: str, samples: Sequence[dict[str, Any]]) -> None:
     seconds = [sample["seconds"] - samples[0]["seconds"] for sample in samples]
-    color = COLORS[system]
-    upper.plot(seconds, [sample["running"] for sample in samples], color=color, linewidth=1.2)
-    lower.plot(seconds, [sample["tokens"] for sample in samples], color=color, linewidth=1.2, label=system)
+    for panel, name in ((upper, "running"), (lower, "tokens")):
+        values = [sample[name] for sample in samples]
+        panel.plot(seconds, values, color=COLORS[system], marker=".", markersize=3, linewidth=1.2, label=system)
 
 
 def _figure(rows: int, columns: int) -> tuple[Figure, Any]:

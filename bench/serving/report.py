@@ -28,9 +28,9 @@ def number(name: str, digits: int = 0) -> Callable[[Row], str]:
     return text
 
 
-def pair(first: str, second: str, digits: int = 0) -> Callable[[Row], str]:
+def pair(first: Callable[[Row], str], second: Callable[[Row], str]) -> Callable[[Row], str]:
     """Cell text of two figures."""
-    return lambda row: f"{number(first, digits)(row)} / {number(second, digits)(row)}"
+    return lambda row: f"{first(row)} / {second(row)}"
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -42,14 +42,16 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "output tok/s": number("output_tokens_per_second", 1),
     "ratio": lambda row: f"{row['throughput_ratio']:.2f}x",
     "req/s": number("requests_per_second", 3),
-    "running, mean / most": pair("running_mean", "running_max", 1),
-    "TTFT p50 / p99, ms": pair("ttft_p50_ms", "ttft_p99_ms"),
-    "TPOT p50 / p99, ms": pair("tpot_p50_ms", "tpot_p99_ms", 1),
+    "running, mean / most": pair(number("running_mean", 1), number("running_max")),
+    "TTFT p50 / p99, ms": pair(number("ttft_p50_ms"), number("ttft_p99_ms")),
+    "TPOT p50 / p99, ms": pair(number("tpot_p50_ms", 1), number("tpot_p99_ms", 1)),
     "peak tokens": number("peak_tokens"),
     "retractions": number("retractions"),
-    "events, select / condense": pair("select_events", "condense_events"),
+    "events, select / condense": pair(number("select_events"), number("condense_events")),
     "kept": number("kept_fraction", 2),
 }
+NARROW = ("workload", "clients", "system", "seconds", "output tok/s", "ratio", "peak tokens", "retractions", "kept")
+"""Columns that fit a terminal."""
 NOTES = """\
 Times, throughput, TTFT and TPOT are those of `sglang.benchmark.serving`; the time is that of all requests of a line.
 `ratio` is output tok/s against {baseline} on the same load. Running requests and peak tokens (of the pool, held by
@@ -146,7 +148,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def terminal_table(rows: Sequence[Row]) -> Table:
     """The table, for the terminal."""
-    table = Table(*COLUMNS)
+    table = Table(*NARROW)
     for row in rows:
-        table.add_row(*(text(row) for text in COLUMNS.values()))
+        table.add_row(*(COLUMNS[name](row) for name in NARROW))
     return table

@@ -146,6 +146,23 @@ def test_bad_input_is_named(words: list[str], message: str, tmp_path: Path, caps
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--options", "[1]"], "'[1]' is not a JSON object"),
+        (["--options", '{"top_q": 1}'], "unknown option 'top_q'"),
+        (["--options", '{"top_p": 3}'], "top_p=3 is out of range"),
+        (["--clients", "4,0"], "'0' is not a whole number above 0"),
+        (["--rounds", "two"], "'two' is not a whole number above 0"),
+    ],
+    ids=["no-object", "unknown-option", "range", "zero", "word"],
+)
+def test_bad_arguments_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(words)
+    assert message in capsys.readouterr().err
+
+
 def test_rounds_alternate() -> None:
     groups = plan_cells("demo", build_systems({}, {}, {}), [LONG], rounds=2)
     order = [group[0].system.name for group in groups]
