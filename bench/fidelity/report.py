@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -19,6 +17,7 @@ from rich.table import Table
 
 from bench.fidelity.configurations import ABLATION_DOCUMENTS, Configuration
 from bench.fidelity.tasks import Text
+from bench.machine import environment
 
 Finished = tuple[Configuration, Text, Path]
 PACKAGES = ("torch", "transformers", "numpy", "hardkv-sglang")
@@ -127,39 +126,6 @@ def compare_answers(finished: Sequence[Finished]) -> list[dict[str, Any]]:
     return rows
 
 
-def environment(root: Path) -> dict[str, str]:
-    """Commit, versions and machine."""
-    return {
-        "commit": read_commit(root),
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-        "machine": f"{cpu_name()}, {platform.machine()}, {platform.system()} {platform.release()}",
-    }
-
-
-def cpu_name() -> str:
-    """Model name of the processor, as Linux tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
-
-
-def read_commit(root: Path) -> str:
-    """The commit that is checked out, read from the files of git; the work tree may be ahead of it."""
-    head = root / ".git" / "HEAD"
-    if not head.is_file():
-        return "unknown"
-    text = head.read_text().strip()
-    if not text.startswith("ref: "):
-        return text
-    name = text.removeprefix("ref: ")
-    if (root / ".git" / name).is_file():
-        return (root / ".git" / name).read_text().strip()
-    packed = root / ".git" / "packed-refs"
-    lines = packed.read_text().splitlines() if packed.is_file() else []
-    return next((line.split()[0] for line in lines if line.endswith(name)), "unknown")
-
-
 def write_report(
     console: Console, root: Path, finished: Sequence[Finished], run: dict[str, Any], *, quick: bool
 ) -> None:
@@ -170,7 +136,7 @@ def write_report(
         raise SystemExit("no results yet")
     few = summarise_all([task for task in plain if task[1].number < ABLATION_DOCUMENTS])
     report = {
-        "run": run | environment(root),
+        "run": run | environment(root, PACKAGES),
         "configurations": points,
         "equal_bytes": compare_families(points),
         "ablation_configurations": few,

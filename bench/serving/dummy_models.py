@@ -6,6 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -23,6 +26,8 @@ class Shape:
 SHAPES = {
     "qwen3-8b": Shape(36, 4096, 12288, 32, 8),
     "qwen3-1.7b": Shape(28, 2048, 6144, 16, 8),
+    # small enough to try the path of the others on a CPU
+    "qwen3-tiny": Shape(2, 256, 512, 4, 2, head_dim=64),
 }
 
 
@@ -50,3 +55,18 @@ def write_model(shape: Shape, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text("{}")
     return folder
+
+
+def write_tokenizer(vocab_size: int, folder: Path) -> None:
+    """Write a tokenizer of `vocab_size` words, `t3 t4 ...`, which encodes what it decodes to exactly the same ids.
+
+    For servers and clients that insist on text: weights that are not trained generate any id, and the tokenizer of
+    another model decodes those that it does not know to nothing.
+    """
+    special = {name: f"<{name}>" for name in ("unk", "bos", "eos")}
+    words = [*special.values(), *(f"t{i}" for i in range(len(special), vocab_size))]
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=special["unk"])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {f"{name}_token": word for name, word in special.items()}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
