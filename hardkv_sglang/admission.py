@@ -1,36 +1,90 @@
-"""How much pool a request will need: its bounded footprint instead of its maximal length."""
+"""Whether one more request fits beside those that run."""
 
 from __future__ import annotations
 
-from hardkv_sglang.config import ResolvedConfig
-from hardkv_sglang.lifecycle import RequestState
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-PRIOR_KEPT_FRACTION = 0.3  # share of aged tokens that condensation keeps, until this server has measured it
-MEASURED_AFTER = 4096  # scored tokens after which the measured share is trusted
+from hardkv_sglang import compat
+from hardkv_sglang.expectation import OutputLength
+from hardkv_sglang.forecast import Outlook, UsageForecast
+from hardkv_sglang.lifecycle import LifecyclePlanner, RequestState
+from hardkv_sglang.overrides import is_opted_out
+from hardkv_sglang.relief import PressureRelief
 
 
-class FootprintEstimator:
-    """Expected peak of pool tokens that decoding `n` tokens occupies under compression."""
+class Admission:
+    """Admits a request if the forecast peak of all requests leaves the pages that relief needs to act."""
 
-    def __init__(self, cfg: ResolvedConfig) -> None:
-        options, layout = cfg.options, cfg.layout
-        # recent window, the sparse span just before it is condensed, and one page in the making
-        self.dense_tokens = (
-            options.recent_tokens
-            + layout.page_ceil(options.select_interval)
-            + layout.page_ceil(options.condense_interval)
-            + layout.page_size
+    def __init__(self, planner: LifecyclePlanner, relief: PressureRelief, states: Mapping[str, RequestState]) -> None:
+        self.planner = planner
+        self.relief = relief
+        self.states = states  # by request id
+        self.output_length = OutputLength()
+        self.forecast = UsageForecast(planner.cfg)
+        self.layout = planner.cfg.layout
+
+    def fits(self, free_tokens: int, running: Sequence[Any], admitted: Sequence[Any], req: Any) -> bool:
+        """Whether `req` may start.
+
+        free_tokens: free and evictable tokens of the pool; running: requests that decode; admitted: requests that
+        will be prefilled in the same step. A request that is alone is left to SGLang, or it might wait for ever.
+        """
+        if not running and not admitted:
+            return True
+        outlooks = [self._running_outlook(r) for r in running] + [self._new_outlook(r) for r in [*admitted, req]]
+        events_per_step = self.planner.schedule.event_budget(len(outlooks))
+        peak = self.forecast.peak_growth(outlooks, self.planner.kept.fraction, events_per_step)
+        return peak + self._reserve([*running, *admitted, req]) <= free_tokens
+
+    def _reserve(self, reqs: Sequence[Any]) -> int:
+        views = [(self.states[r.rid], compat.committed_len(r)) for r in reqs if r.rid in self.states]
+        pages = self.relief.reserve(views, [compat.num_tokens(r) for r in reqs])
+        return pages * self.layout.page_size
+
+    def _running_outlook(self, req: Any) -> Outlook:
+        state = self.states.get(req.rid)
+        seq_len = compat.committed_len(req)
+        if state is None:
+            # just prefilled, or dense for good
+            return self._fresh_outlook(req, seq_len, prompt=0, held=max(0, seq_len - self._prefix_end(req)))
+        dense = seq_len - state.condensed_end
+        condensed = state.num_condensed_pages * self.layout.page_size
+        return Outlook(
+            prompt=0,
+            held=max(0, self.layout.page_ceil(dense)) + condensed,
+            dense=dense,
+            condensed=condensed,
+            aged=state.condensed_end - state.prefix_end,
+            first_condense=self.planner.schedule.steps_to_condense(state, seq_len),
+            expected_steps=self._expected_steps(req),
+            most_steps=compat.remaining_tokens(req),
         )
-        self.max_condensed_tokens = cfg.max_condensed_tokens
 
-    def decode_tokens(self, num_tokens: int, kept_fraction: float) -> int:
-        """Pool tokens at the peak of decoding `num_tokens` tokens."""
-        aged = max(0, num_tokens - self.dense_tokens)
-        condensed = min(int(aged * kept_fraction) + 1, self.max_condensed_tokens) if aged else 0
-        return min(num_tokens, self.dense_tokens) + condensed
+    def _new_outlook(self, req: Any) -> Outlook:
+        uncached = max(0, len(req.origin_input_ids) - compat.cached_len(req))
+        return self._fresh_outlook(req, compat.num_tokens(req), prompt=self.layout.page_ceil(uncached), held=0)
 
-    def growth(self, state: RequestState, seq_len: int, remaining: int, page_size: int, kept: float) -> int:
-        """Pool tokens that a running request will still take, beyond what it holds now."""
-        held = state.num_condensed_pages * page_size + seq_len - state.condensed_end
-        decoded = seq_len - state.prefix_end
-        return max(0, self.decode_tokens(decoded + remaining, kept) - held)
+    def _fresh_outlook(self, req: Any, seq_len: int, prompt: int, held: int) -> Outlook:
+        """Outlook of a request without an event; its output is longer than nothing after a retraction."""
+        prefix_end = self._prefix_end(req)
+        state = RequestState(0, prefix_end, prefix_end, prefix_end, seq_len, seq_len)
+        stays_dense = is_opted_out(compat.custom_params(req))
+        return Outlook(
+            prompt=prompt,
+            held=self.layout.page_ceil(held),
+            dense=seq_len - prefix_end,
+            condensed=0,
+            aged=0,
+            first_condense=math.inf if stays_dense else self.planner.schedule.steps_to_condense(state, seq_len),
+            expected_steps=self._expected_steps(req),
+            most_steps=compat.remaining_tokens(req),
+        )
+
+    def _prefix_end(self, req: Any) -> int:
+        return self.layout.page_ceil(len(req.origin_input_ids))
+
+    def _expected_steps(self, req: Any) -> float:
+        remaining = compat.remaining_tokens(req)
+        return remaining if req.sampling_params.ignore_eos else min(remaining, self.output_length.mean)

@@ -16,6 +16,7 @@ ATTRIBUTE = "_hardkv"  # an underscore attribute of ServerArgs survives pickling
 # flags whose stock default HARD-KV cannot use, and the value it starts with instead
 DEFAULTS = {"page_size": 32, "max_running_requests": 256}
 CUDA_DEFAULTS = {"attention_backend": "flashinfer"}
+MAX_GRAPH_BATCH = 512  # graphs for larger batches are left to the user: each takes memory from the pool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +64,9 @@ def seed_defaults(given: dict[str, Any], device_is_cuda: bool) -> None:
     for name, value in defaults.items():
         if given.get(name) is None:
             given[name] = value
+    if device_is_cuda and given.get("cuda_graph_max_bs_decode") is None:
+        # stock captures as many requests as the GPU can hold dense; compression makes more of them fit
+        given["cuda_graph_max_bs_decode"] = min(given["max_running_requests"], MAX_GRAPH_BATCH)
 
 
 def attach_options(server_args: Any, options: HardKVConfig | None) -> Any:

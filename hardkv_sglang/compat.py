@@ -26,6 +26,11 @@ class SglangPageAllocator:
         slots: torch.Tensor | None = self.allocator.alloc(num_tokens)
         return slots
 
+    def available_pages(self) -> int:
+        """Token pages that are free, or cached and used by nobody."""
+        tokens = self.allocator.available_size() + self.tree_cache.evictable_size()
+        return int(tokens) // int(self.allocator.page_size)
+
     def free_pages(self, slots: torch.Tensor) -> None:
         """Return pages given by `alloc_pages`."""
         self.allocator.free_segment(slots, start_pos=0)
@@ -95,6 +100,13 @@ def tensor_parallel_group() -> torch.distributed.ProcessGroup | None:
     return group.device_group if group.world_size > 1 else None
 
 
+def max_graph_batch(model_runner: Any) -> int:
+    """Requests of the largest decode batch that gets a CUDA graph; 0 without graphs."""
+    decode = model_runner.server_args.cuda_graph_config.decode
+    has_graphs = model_runner.device != "cpu" and decode.backend != "disabled"
+    return int(decode.max_bs or 0) if has_graphs else 0
+
+
 def attention_layers(model: torch.nn.Module) -> list[Any]:
     """The model's `RadixAttention` modules, in layer order."""
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -118,17 +130,46 @@ def active_requests(last_batch: Any, running_batch: Any) -> list[Any]:
     return list({req.rid: req for batch in batches if batch is not None for req in batch.reqs}.values())
 
 
+def num_tokens(req: Any) -> int:
+    """Tokens of prompt and output."""
+    return len(req.origin_input_ids) + len(req.output_ids)
+
+
+def cached_len(req: Any) -> int:
+    """Leading tokens that already have slots: in the radix tree, or prefilled by an earlier chunk."""
+    return len(req.prefix_indices)
+
+
+def no_token() -> Any:
+    """Admission's answer to a request that the pool cannot take now."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    return AddReqResult.NO_TOKEN
+
+
+def room_for(adder: Any, req: Any) -> int:
+    """Free and evictable tokens of the pool while the cached prefix of `req` is locked."""
+    with adder._lock_node(req.last_node):
+        return int(adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size())
+
+
 @contextmanager
-def clipped_new_tokens(num_tokens: int) -> Iterator[None]:
-    """Within the block, admission reserves at most `num_tokens` for the output of one request."""
+def prefill_only_admission(adder: Any, req: Any) -> Iterator[None]:
+    """Within the block, SGLang checks that the prefill of `req` fits, and reserves nothing for outputs."""
     from sglang.srt.managers import schedule_policy
 
-    stock = schedule_policy.CLIP_MAX_NEW_TOKENS
-    schedule_policy.CLIP_MAX_NEW_TOKENS = min(stock, num_tokens)
+    clip, ignore_eos = schedule_policy.CLIP_MAX_NEW_TOKENS, req.sampling_params.ignore_eos
+    reserved = sum(adder._get_running_request_total_token_offset(r) for r in adder.running_batch.reqs)
+    schedule_policy.CLIP_MAX_NEW_TOKENS = 0
+    # without a radix tree, `ignore_eos` selects a check of its own, by maximal lengths
+    req.sampling_params.ignore_eos = False
+    adder.rem_total_token_offset -= reserved
     try:
         yield
     finally:
-        schedule_policy.CLIP_MAX_NEW_TOKENS = stock
+        schedule_policy.CLIP_MAX_NEW_TOKENS = clip
+        req.sampling_params.ignore_eos = ignore_eos
+        adder.rem_total_token_offset += reserved
 
 
 def cache_prompt_only(cache: Callable[..., None], req: Any, tree_cache: Any, **kwargs: Any) -> None:

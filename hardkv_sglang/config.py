@@ -75,6 +75,9 @@ class HardKVConfig:
     max_events_per_step: int = option(
         4, "requests", "requests that may have an event in one decode step", low=1, high=4096
     )
+    min_freed_pages: int = option(
+        1, "token pages", "what a condense event must give back to run; 0 runs it in any case", low=0, high=1024
+    )
     pooling_width: int = option(7, "tokens", "max-pooling width of the snapkv metric (odd)", low=1, high=63)
     budget: str = option(
         "shared", "name",
@@ -230,6 +233,18 @@ class ResolvedConfig:
         """Most positions between the condensed end and the recent window, a multiple of the page size."""
         span = self.options.condense_interval + 2 * self.options.select_interval
         return self.layout.page_ceil(span)
+
+    @property
+    def min_kept_tokens(self) -> int:
+        """Tokens that every list keeps, if it has them, however little attention they get."""
+        options, everything = self.options, self.layout.page_ceil(self.max_context_len)
+        if options.policy == "streaming":
+            return options.sink_tokens
+        if options.policy != "hardkv" or options.budget == "uniform":
+            return options.uniform_tokens
+        if options.top_p < 1:
+            return options.min_tokens
+        return everything if options.max_tokens is None else options.max_tokens
 
     @property
     def max_condensed_tokens(self) -> int:

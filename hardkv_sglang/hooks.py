@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from hardkv_sglang import compat
-from hardkv_sglang.overrides import is_opted_out, override_error
+from hardkv_sglang.overrides import override_error
 from hardkv_sglang.refusals import refused_model
 from hardkv_sglang.runtime import HardKVRuntime
 
@@ -96,18 +96,12 @@ def around_maybe_cache_unfinished_req(
 def around_add_one_req(
     runtime: HardKVRuntime, original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """add_one_req(self, req, ...): charges a new request its bounded footprint instead of its maximal length."""
-    if is_opted_out(compat.custom_params(req)):
+    """add_one_req(self, req, ...): admits by the forecast footprint of all requests instead of by maximal lengths."""
+    room = compat.room_for(adder, req)
+    if not runtime.admission.fits(room, adder.running_batch.reqs, adder.can_run_list, req):
+        return compat.no_token()
+    with compat.prefill_only_admission(adder, req):
         return original(adder, req, *args, **kwargs)
-    with compat.clipped_new_tokens(runtime.expected_footprint(compat.remaining_tokens(req))):
-        return original(adder, req, *args, **kwargs)
-
-
-def around_running_request_offset(runtime: HardKVRuntime, original: Callable[..., Any], adder: Any, req: Any) -> float:
-    """_get_running_request_total_token_offset(self, req): what a running request may still take."""
-    stock: float = original(adder, req)
-    growth = runtime.expected_growth(req)
-    return stock if growth is None else min(stock, growth)
 
 
 def after_get_total_uncached_sizes(runtime: HardKVRuntime, sizes: tuple[int, int], checker: Any) -> tuple[int, int]:
@@ -189,10 +183,6 @@ RUNTIME_HOOKS = (
     Hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
         HookType.AROUND, around_add_one_req, "admit by footprint",
-    ),
-    Hook(
-        "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset",
-        HookType.AROUND, around_running_request_offset, "admit by footprint",
     ),
     Hook(
         "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes",

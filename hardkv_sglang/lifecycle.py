@@ -16,14 +16,13 @@ ranks take the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from typing import Any, Protocol
 
 from hardkv_sglang.config import ResolvedConfig
-
-COUNT_DELAY = 2  # steps until a select event's counts are on the host, with or without the overlap scheduler
+from hardkv_sglang.expectation import KeptShare
+from hardkv_sglang.schedule import COUNT_DELAY, EventSchedule
 
 
 class PageAllocator(Protocol):
@@ -59,6 +58,7 @@ class RequestState:
     condensed_list_bound: int = 0  # tokens in the longest condensed list now
     released: bool = False
     seq_len: int = 0  # tokens with KV at the last planned step
+    early_pages: int = 0  # token pages that early events gave back and no event on schedule has made up for
     kept_counts: list[int] = field(default_factory=list)  # per (layer, KV head), from the last select event
 
     @property
@@ -108,6 +108,22 @@ class CondenseOp:
     end: int
 
 
+View = tuple[RequestState, int]
+"""A running request and its tokens with KV written or in flight."""
+
+
+@dataclass(frozen=True)
+class EarlyEvents:
+    """What to do before it is due, because the pool runs low."""
+
+    hurry: bool = False  # run as many events in one step as allowed, instead of spreading them
+    events: Sequence[View] = ()  # condense if survivors are known, else select
+    observes: Sequence[View] = ()  # record queries from this step on
+
+
+NO_EARLY_EVENTS = EarlyEvents()
+
+
 @dataclass
 class StepPlan:
     """Device work of one decode step, in the order in which it runs."""
@@ -118,6 +134,12 @@ class StepPlan:
     freed_pages: int = 0
     allocated_pages: int = 0
     postponed: int = 0  # condense events that the pool could not serve
+    early: int = 0  # events among the above that were not due
+
+    @property
+    def num_events(self) -> int:
+        """Requests that have an event in this step."""
+        return len(self.selects) + len(self.condenses)
 
     @property
     def is_empty(self) -> bool:
@@ -130,11 +152,9 @@ class LifecyclePlanner:
 
     def __init__(self, cfg: ResolvedConfig) -> None:
         self.cfg = cfg
-        options, layout = cfg.options, cfg.layout
-        self.recent_tokens = options.recent_tokens
-        self.query_window = options.query_window
-        self.select_span = layout.page_ceil(options.select_interval)
-        self.condense_span = layout.page_ceil(options.condense_interval)
+        self.schedule = EventSchedule(cfg)
+        self.query_window = cfg.options.query_window
+        self.kept = KeptShare()  # of all requests so far
 
     def admit(self, row: int, prompt_len: int, protected_len: int, seq_len: int) -> RequestState:
         """State of a request at its first decode step (again after a retraction).
@@ -143,64 +163,60 @@ class LifecyclePlanner:
         """
         prefix_end = self.cfg.layout.page_ceil(max(prompt_len, protected_len))
         state = RequestState(row, prefix_end, prefix_end, prefix_end, seq_len, 0)
-        state.observe_from = max(seq_len, self._next_select(state) - self.query_window)
+        state.observe_from = max(seq_len, self.schedule.next_select(state) - self.query_window)
         return state
 
-    def plan(self, views: Iterable[tuple[RequestState, int]], allocator: PageAllocator) -> StepPlan:
+    def plan(self, views: Iterable[View], allocator: PageAllocator, early: EarlyEvents = NO_EARLY_EVENTS) -> StepPlan:
         """Choose this step's events and move pages.
 
-        views: running requests as (state, tokens with KV written or in flight), in batch order.
+        views: running requests in batch order; early: events to run after those that are due.
         All allocations come before all frees: otherwise one request's source page could become another's
         target inside one launch. A condense event that the pool cannot serve is postponed.
         """
-        plan = StepPlan()
-        overdue = [(self._overdue(state, seq_len), state, seq_len) for state, seq_len in views]
-        due = sorted((entry for entry in overdue if entry[0] >= 0), key=lambda entry: -entry[0])
-        budget = self._event_budget(len(overdue))
-        for _, state, seq_len in due:
-            if len(plan.selects) + len(plan.condenses) >= budget:
+        plan = StepPlan(observes=[self._observe_now(state, seq_len) for state, seq_len in early.observes])
+        running, schedule = list(views), self.schedule
+        for state, seq_len in running:
+            self._learn(state, seq_len)
+        budget = self.cfg.options.max_events_per_step if early.hurry else schedule.event_budget(len(running))
+        for state, seq_len in schedule.due(running):
+            if plan.num_events >= budget:
                 break
-            if self._condense_is_due(state, seq_len) and self._plan_condense(state, seq_len, allocator, plan):
+            if schedule.condense_is_due(state, seq_len) and self._plan_condense(state, seq_len, allocator, plan):
+                state.early_pages = 0
                 continue
-            if self._select_is_due(state, seq_len):
+            if schedule.select_is_due(state, seq_len):
                 plan.selects.append(self._plan_select(state, seq_len))
+        for state, seq_len in early.events:
+            if plan.num_events >= budget:
+                break
+            self._plan_early(state, seq_len, allocator, plan)
         for op in plan.condenses:
             self._free_sources(op, allocator, plan)
         return plan
 
-    def _event_budget(self, num_requests: int) -> int:
-        """Requests that may have an event in this step.
+    def _learn(self, state: RequestState, seq_len: int) -> None:
+        """Count survivors in the step in which they may first be used, not in the one in which they arrive: that
+        one depends on the overlap scheduler."""
+        if state.survivor_pages is not None and seq_len == state.selected_at + COUNT_DELAY:
+            self.kept.add(state.survivor_pages * self.cfg.layout.page_size, state.recent_start - state.prefix_end)
 
-        Half as many again as the steady state needs: requests that started together then spread out by themselves,
-        instead of making one step in every interval wait for all their events.
-        """
-        per_token = 1 / self.select_span + 1 / self.condense_span
-        return min(self.cfg.options.max_events_per_step, ceil(1.5 * num_requests * per_token))
+    def _plan_early(self, state: RequestState, seq_len: int, allocator: PageAllocator, plan: StepPlan) -> None:
+        if not self.schedule.is_settled(state, seq_len):
+            plan.selects.append(self._plan_select(state, seq_len))
+            plan.early += 1
+            return
+        gain = self.schedule.condense_gain(state)
+        if self._plan_condense(state, seq_len, allocator, plan):
+            state.early_pages += gain
+            plan.early += 1
 
-    def _next_select(self, state: RequestState) -> int:
-        return state.recent_start + self.select_span + self.recent_tokens
-
-    def _select_target(self, state: RequestState, seq_len: int) -> int:
-        aged = self.cfg.layout.page_floor(seq_len - self.recent_tokens)
-        return min(aged, state.condensed_end + self.cfg.max_sparse_span)
-
-    def _condense_is_due(self, state: RequestState, seq_len: int) -> bool:
-        settled = state.survivor_pages is not None and seq_len >= state.selected_at + COUNT_DELAY
-        return settled and state.sparse_span >= self.condense_span
-
-    def _overdue(self, state: RequestState, seq_len: int) -> int:
-        """Tokens since the next event of this request was due; negative when none is."""
-        if self._condense_is_due(state, seq_len):
-            return seq_len - state.selected_at
-        return seq_len - self._next_select(state) if self._select_is_due(state, seq_len) else -1
-
-    def _select_is_due(self, state: RequestState, seq_len: int) -> bool:
-        has_room = self._select_target(state, seq_len) - state.recent_start >= self.select_span
-        return has_room and seq_len - state.observe_from >= self.query_window
+    def _observe_now(self, state: RequestState, seq_len: int) -> ObserveOp:
+        state.observe_from = seq_len
+        return ObserveOp(state.row, seq_len)
 
     def _plan_select(self, state: RequestState, seq_len: int) -> SelectOp:
         old_recent_start = state.recent_start
-        state.recent_start = self._select_target(state, seq_len)
+        state.recent_start = self.schedule.select_target(state, seq_len)
         first_query = max(state.observe_from, seq_len - self.query_window)
         options = self.cfg.options
         # a request's first event starts from the priors if there are any
@@ -212,7 +228,7 @@ class LifecyclePlanner:
         state.selected_at = seq_len
         state.survivor_pages = None
         # queries before this event attended another set of tokens than the next event will assume
-        state.observe_from = max(seq_len, self._next_select(state) - self.query_window)
+        state.observe_from = max(seq_len, self.schedule.next_select(state) - self.query_window)
         return SelectOp(
             state=state,
             row=state.row,

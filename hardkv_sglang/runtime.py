@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hardkv_sglang import compat
-from hardkv_sglang.admission import MEASURED_AFTER, PRIOR_KEPT_FRACTION, FootprintEstimator
+from hardkv_sglang.admission import Admission
 from hardkv_sglang.backends import TieredBackend, install_backend
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SelectReport, SettledCounts
@@ -20,6 +20,7 @@ from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.occupancy import Occupancy
 from hardkv_sglang.overrides import is_opted_out
 from hardkv_sglang.priors import check_options, load_priors
+from hardkv_sglang.relief import PressureRelief
 from hardkv_sglang.statistics import RequestReport, Statistics
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class HardKVRuntime:
     tables: DeviceTables
     planner: LifecyclePlanner
     executor: EventExecutor
-    footprint: FootprintEstimator
+    relief: PressureRelief
+    admission: Admission
     backend: TieredBackend
 
     def __init__(self, options: HardKVConfig) -> None:
@@ -61,7 +63,8 @@ class HardKVRuntime:
         )
         self.tables = DeviceTables.allocate(self.cfg, model_runner.dtype, req_to_token.device)
         self.planner = LifecyclePlanner(self.cfg)
-        self.footprint = FootprintEstimator(self.cfg)
+        self.relief = PressureRelief(self.planner)
+        self.admission = Admission(self.planner, self.relief, self.states)
         self.executor = EventExecutor(
             self.cfg,
             self.tables,
@@ -73,8 +76,9 @@ class HardKVRuntime:
         )
         self.backend = install_backend(model_runner, self.cfg, self.tables)
         logger.info(
-            "HARD-KV: %s, %d rows, tables %.2f GB beside the pool",
-            self.options, self.cfg.num_rows, self.tables.num_bytes / 1e9,
+            "HARD-KV: %s, %d rows, tables %.2f GB beside the pool; CUDA graphs for up to %d requests, "
+            "SGLang logs their memory when they are captured",
+            self.options, self.cfg.num_rows, self.tables.num_bytes / 1e9, compat.max_graph_batch(model_runner),
         )  # fmt: skip
 
     def _priors(self, model_runner: Any) -> torch.Tensor | None:
@@ -96,22 +100,25 @@ class HardKVRuntime:
     def plan_decode(self, batch: Any) -> None:
         """Plan this step's events and move pages, before SGLang allocates the step's slots."""
         allocator = self._allocator(batch.tree_cache)
-        plan_observes = []
-        views = []
+        admitted, views = [], []
         for req in batch.reqs:
             if is_opted_out(compat.custom_params(req)):
                 continue
             state = self.states.get(req.rid)
             if state is None:
                 state = self._admit(req)
-                plan_observes.append(ObserveOp(state.row, state.observe_from))
+                admitted.append(ObserveOp(state.row, state.observe_from))
             if not req.finished():
                 state.seq_len = compat.committed_len(req)
                 views.append((state, state.seq_len))
         self.idle_check_due = True
+        seq_lens = [compat.committed_len(req) for req in batch.reqs]
+        available = allocator.available_pages()
+        self.statistics.count_rescue(self.relief.is_rescue(views, seq_lens, available))
         with self.statistics.event_time():
-            plan = self.planner.plan(views, allocator)
-        plan.observes = plan_observes
+            plan = self.planner.plan(views, allocator, self.relief.choose(views, seq_lens, available))
+        plan.observes = admitted + plan.observes
+        self.admission.output_length.add_tokens(len(batch.reqs))
         self.statistics.count_plan(plan)
         if plan.freed_pages:
             # admission sleeps while the batch is full, and only a finished request would wake it
@@ -163,6 +170,8 @@ class HardKVRuntime:
     def release(self, req: Any, tree_cache: Any) -> None:
         """Before SGLang releases a request: free what compression owns, leave only exact KV to SGLang."""
         state = self.states.pop(req.rid, None)
+        if req.finished():
+            self.admission.output_length.add_end()
         if state is None or not compat.holds_kv(req):
             return
         allocated = compat.allocated_len(req)
@@ -178,27 +187,6 @@ class HardKVRuntime:
         page_size = self.cfg.layout.page_size
         states = [self.states[req.rid] for req in reqs if req.rid in self.states]
         return sum(s.condensed_end - s.prefix_end - s.num_condensed_pages * page_size for s in states)
-
-    def expected_footprint(self, num_tokens: int) -> int:
-        """Pool tokens at the peak of decoding `num_tokens` more tokens from a fresh prompt."""
-        return self.footprint.decode_tokens(num_tokens, self._kept_fraction())
-
-    def expected_growth(self, req: Any) -> int | None:
-        """Pool tokens that a running request will still take; None for one that stays dense."""
-        state = self.states.get(req.rid)
-        if state is None:
-            return None
-        return self.footprint.growth(
-            state,
-            compat.committed_len(req),
-            compat.remaining_tokens(req),
-            self.cfg.layout.page_size,
-            self._kept_fraction(),
-        )
-
-    def _kept_fraction(self) -> float:
-        measured = self.statistics.candidate_tokens >= MEASURED_AFTER
-        return self.statistics.kept_fraction if measured else PRIOR_KEPT_FRACTION
 
     def check_idle(self, tree_cache: Any) -> None:
         """`check_integrity` of a server without requests, once after each busy period: SGLang polls while idle.

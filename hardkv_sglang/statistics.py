@@ -13,6 +13,7 @@ from typing import Any
 from hardkv_sglang.lifecycle import RequestState, StepPlan
 
 REPORTS_KEPT = 64
+HIDDEN = ("reports", "kept_mass_sum", "is_rescued")  # fields that /server_info derives others from
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Statistics:
 
     select_events: int = 0
     condense_events: int = 0
-    early_events: int = 0  # condense events before their interval, because pages were short
     postponed_events: int = 0
-    retractions_avoided: int = 0  # decode steps in which early events freed what a retraction would have
+    early_events: int = 0  # events that ran before they were due, because the pool was low
+    retractions_avoided: int = 0  # times that only pages freed by early events made the next decode step fit
     freed_pages: int = 0
     allocated_pages: int = 0
     candidate_tokens: int = 0  # tokens that select events could keep, per (layer, KV head)
@@ -70,6 +71,7 @@ class Statistics:
     kept_mass_sum: float = 0.0  # over settled events, mean over lists
     infeasible_lists: int = 0  # lists for which no temperature reaches the target
     event_seconds: float = 0.0  # host time of planning and launching events
+    is_rescued: bool = False  # whether the last step fitted only because of early events
     reports: deque[RequestReport] = field(default_factory=lambda: deque(maxlen=REPORTS_KEPT))
 
     def count_plan(self, plan: StepPlan) -> None:
@@ -77,8 +79,14 @@ class Statistics:
         self.select_events += len(plan.selects)
         self.condense_events += len(plan.condenses)
         self.postponed_events += plan.postponed
+        self.early_events += plan.early
         self.freed_pages += plan.freed_pages
         self.allocated_pages += plan.allocated_pages
+
+    def count_rescue(self, is_rescue: bool) -> None:
+        """Note whether this step fits only because of early events; a run of such steps counts once."""
+        self.retractions_avoided += is_rescue and not self.is_rescued
+        self.is_rescued = is_rescue
 
     def count_selection(
         self, candidate_tokens: int, kept_tokens: float, kept_mass: float, infeasible_lists: int
@@ -109,6 +117,6 @@ class Statistics:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable counters and recent reports."""
-        counters = {k: v for k, v in vars(self).items() if k not in ("reports", "kept_mass_sum")}
+        counters = {k: v for k, v in vars(self).items() if k not in HIDDEN}
         means = {"kept_fraction": self.kept_fraction, "kept_mass": self.kept_mass}
         return {**counters, **means, "requests": [asdict(r) for r in self.reports]}

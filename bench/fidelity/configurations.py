@@ -129,4 +129,4 @@ def quick_sweep() -> list[Configuration]:
 
 def exact() -> list[Configuration]:
     """p = 1 without a cap: must equal dense attention."""
-    return [Configuration("exact", "top_p=1", {"top_p": 1.0, "max_tokens": None}, 1)]
+    return [Configuration("exact", "top_p=1", {"top_p": 1.0, "max_tokens": None, "min_freed_pages": 0}, 1)]

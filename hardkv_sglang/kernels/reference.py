@@ -70,7 +70,8 @@ def dense_decode(
     q: [HQ, D]; k_buffer, v_buffer: [S, H, D], one layer of the pool; slots: [N].
     """
     counts = torch.full((k_buffer.shape[1],), slots.numel(), device=q.device)
-    k, v = k_buffer[slots.long()].transpose(0, 1), v_buffer[slots.long()].transpose(0, 1)
+    # index_select copies whole rows: several times faster on a CPU than indexing with a tensor
+    k, v = (buffer.index_select(0, slots).transpose(0, 1) for buffer in (k_buffer, v_buffer))
     return attend(q, k, v, counts, scale)
 
 
@@ -115,6 +116,6 @@ def ragged_decode(
     q: [HQ, D]; k_storage, v_storage: [L, S, H, D], the whole pool.
     """
     rows, counts = ragged_rows(layout, tables, req_to_token, layer, row)
-    k = k_storage.view(-1, layout.head_dim)[rows]
-    v = v_storage.view(-1, layout.head_dim)[rows]
+    size = (*rows.shape, layout.head_dim)
+    k, v = (s.view(-1, layout.head_dim).index_select(0, rows.flatten()).view(size) for s in (k_storage, v_storage))
     return attend(q, k, v, counts, scale)

@@ -69,3 +69,25 @@ def test_refusals_come_with_the_launchers_check(command: list[str]) -> None:
     with pytest.raises(ValueError, match="--page-size") as error:
         args.check_server_args()
     assert "--enable-mixed-chunk" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "largest"),
+    [
+        ({}, 256),
+        ({"max_running_requests": 48}, 48),
+        ({"max_running_requests": 4096}, 512),
+        ({"cuda_graph_max_bs_decode": 8}, 8),
+    ],
+    ids=str,
+)
+def test_graphs_reach_the_batch_sizes_that_compression_reaches(given: dict[str, Any], largest: int) -> None:
+    arguments.seed_defaults(given, device_is_cuda=True)
+    assert given["cuda_graph_max_bs_decode"] == largest
+
+
+def test_graph_flags_are_sglangs(command: list[str]) -> None:
+    args = prepare_server_args([*command, "--kv-compression", "hardkv", "--cuda-graph-max-bs", "24"])
+    assert args.cuda_graph_max_bs_decode == 24
+    # without a GPU there are no graphs to capture
+    assert prepare_server_args([*command, "--kv-compression", "hardkv"]).cuda_graph_max_bs_decode is None

@@ -33,7 +33,9 @@ def compressed(options: dict[str, Any], **flags: Any) -> dict[str, Any]:
 
 
 SHORT = MappingProxyType(compressed(SHORT_INTERVALS))
-EXACT = MappingProxyType(compressed({**SHORT_INTERVALS, "top_p": 1.0, "max_tokens": None}))
+# nothing can be dropped, so no event would run by itself
+EXACT_OPTIONS = {**SHORT_INTERVALS, "top_p": 1.0, "max_tokens": None, "min_freed_pages": 0}
+EXACT = MappingProxyType(compressed(EXACT_OPTIONS))
 
 
 def prompt_ids(num_tokens: int, seed: int) -> list[int]:

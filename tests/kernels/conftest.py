@@ -63,7 +63,8 @@ def build_case(
     L, R, H = num_condensed.shape
     pages = head_pages_needed(num_condensed.long(), page_size).transpose(0, 1).reshape(R, L * H)
     pages_per_row = -(-pages.sum(1) // (L * H))
-    options = HardKVConfig(max_tokens=max(256, int((num_condensed + num_sparse).max())))
+    most = max(256, int((num_condensed + num_sparse).max()))
+    options = HardKVConfig(max_tokens=most, select_interval=128)
     span_pages = options.condense_interval // page_size + 2 * options.select_interval // page_size
     num_pages = 1 + int(pages_per_row.sum()) + R * span_pages + spare_pages
     layout = PoolLayout(L, H, head_dim, page_size, num_pages * page_size)

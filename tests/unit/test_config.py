@@ -92,7 +92,8 @@ def test_config_without_the_flag_is_refused() -> None:
 def test_defaults_fill_only_what_is_open() -> None:
     given = {"page_size": 64, "attention_backend": None, "max_running_requests": None}
     arguments.seed_defaults(given, device_is_cuda=True)
-    assert given == {"page_size": 64, "attention_backend": "flashinfer", "max_running_requests": 256}
+    seeded = {"attention_backend": "flashinfer", "max_running_requests": 256, "cuda_graph_max_bs_decode": 256}
+    assert given == {"page_size": 64, **seeded}
 
 
 def test_table_bounds() -> None:

@@ -189,7 +189,7 @@ def test_every_policy_runs_through_the_pool(options: dict[str, object]) -> None:
 
 
 def test_p_one_attends_everything() -> None:
-    simulation = Simulation(OPTIONS.with_options(top_p=1.0, max_tokens=None))
+    simulation = Simulation(OPTIONS.with_options(top_p=1.0, max_tokens=None, min_freed_pages=0))
     simulation.run(40, 230)
     assert simulation.condenses >= 2
     assert simulation.attended[:270].all()

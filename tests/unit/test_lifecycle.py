@@ -3,66 +3,23 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.page_pool import PAGE, PagePool
 
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
-from hardkv_sglang.lifecycle import COUNT_DELAY, LifecyclePlanner, RequestState
+from hardkv_sglang.lifecycle import EarlyEvents, LifecyclePlanner, ObserveOp, RequestState
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.schedule import COUNT_DELAY
 
-PAGE = 32
 OPTIONS = HardKVConfig(
-    recent_tokens=32, query_window=16, select_interval=32, condense_interval=64, max_events_per_step=2
+    recent_tokens=32, query_window=16, select_interval=32, condense_interval=64, max_events_per_step=2, min_tokens=8
 )
-
-
-class PagePool:
-    """Token pages of a pool and of the rows that requests hold, as `lifecycle.PageAllocator`."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.free = list(range(1, num_pages + 1))
-        self.rows: dict[int, dict[int, int]] = {}  # row -> page index in the row -> token page
-        self.log: list[str] = []
-
-    def alloc_pages(self, num_pages: int) -> list[int] | None:
-        self.log.append("alloc")
-        if num_pages > len(self.free):
-            return None
-        taken, self.free = self.free[:num_pages], self.free[num_pages:]
-        return taken
-
-    def free_pages(self, slots: list[int]) -> None:
-        self.log.append("free")
-        self.free += slots
-
-    def free_row(self, row: int, start: int, end: int) -> None:
-        self.log.append("free")
-        assert start % PAGE == 0
-        for index in range(start // PAGE, -(-end // PAGE)):
-            self.free.append(self.rows[row].pop(index))
-
-    def extend_row(self, row: int, seq_len: int) -> bool:
-        """Make the row hold `seq_len` tokens; False if the pool is full."""
-        pages = self.rows.setdefault(row, {})
-        last = (seq_len - 1) // PAGE
-        if last in pages:
-            return True
-        if not self.free:
-            return False
-        pages[last] = self.free.pop(0)
-        return True
-
-    def check(self, states: list[RequestState], num_pages: int) -> None:
-        owners = {"free": torch.tensor(self.free, dtype=torch.int64)}
-        for row, pages in self.rows.items():
-            owners[f"row {row}"] = torch.tensor(list(pages.values()), dtype=torch.int64)
-        for state in states:
-            owners[f"condensed {state.row}"] = torch.tensor(state.condensed_slots or [], dtype=torch.int64)
-        check_ownership(owners, num_pages)
 
 
 def make_planner(options: HardKVConfig = OPTIONS) -> LifecyclePlanner:
@@ -185,6 +142,72 @@ def test_release_before_the_first_event_is_stock() -> None:
     state = start(planner, pool, 1, 40)
     assert planner.release(state, 40, pool) == 40
     assert pool.log == []
+
+
+def events_of(options: HardKVConfig, survivors: int, num_tokens: int) -> tuple[list[int], list[int]]:
+    """Lengths at which one request selects and condenses, when its lists need `survivors` pages for each that they
+    could keep, out of 4."""
+    planner, pool = make_planner(options), PagePool(400)
+    state = start(planner, pool, 1, 40)
+    selects, condenses = [], []
+    for seq_len in range(40, 40 + num_tokens):
+        if state.sparse_span and seq_len == state.selected_at + COUNT_DELAY - 1:
+            pages = state.num_condensed_pages + state.sparse_span // PAGE
+            planner.settle(state, pages * survivors, [pages * PAGE * survivors // 4] * 4)
+        plan = planner.plan([(state, seq_len)], pool)
+        selects += [seq_len] * len(plan.selects)
+        condenses += [seq_len] * len(plan.condenses)
+        pool.extend_row(1, seq_len + 1)
+    return selects, condenses
+
+
+def test_no_event_where_nothing_can_be_dropped() -> None:
+    exact = OPTIONS.with_options(top_p=1.0, max_tokens=None)
+    assert events_of(exact, 4, 600) == ([], [])
+    selects, condenses = events_of(exact.with_options(min_freed_pages=0), 4, 600)
+    assert len(selects) > 10
+    assert len(condenses) > 5
+
+
+def test_a_condense_event_that_would_only_copy_waits_until_the_sparse_tier_is_full() -> None:
+    selects, condenses = events_of(OPTIONS, 4, 600)
+    # the span may hold 128: its last page makes the condense event due, which an interval of 64 would do earlier
+    spans = [b - a for a, b in pairwise(condenses)]
+    assert set(spans) == {128}
+    assert events_of(OPTIONS, 2, 600)[1][1] - events_of(OPTIONS, 2, 600)[1][0] == 64
+    assert len(selects) > len(condenses)
+
+
+@pytest.mark.parametrize(
+    ("options", "first_select"),
+    [
+        ({}, 128),
+        ({"min_tokens": 32}, 160),  # 32 tokens would all be kept
+        ({"policy": "snapkv", "uniform_tokens": 70}, 192),
+        ({"policy": "streaming", "sink_tokens": 4}, 128),
+        ({"top_p": 1.0, "max_tokens": 40}, 160),
+        ({"min_tokens": 4000}, 224),  # no span can be longer than the floor: the tier is full at 128
+    ],
+    ids=str,
+)
+def test_no_select_event_while_every_list_is_at_its_floor(options: dict[str, object], first_select: int) -> None:
+    assert events_of(OPTIONS.with_options(**options), 2, 300)[0][0] == first_select
+
+
+def test_early_events_follow_what_relief_chose() -> None:
+    planner, pool = make_planner(OPTIONS.with_options(select_interval=256, condense_interval=256)), PagePool(100)
+    state = start(planner, pool, 1, 40)
+    for seq_len in range(41, 200):
+        pool.extend_row(1, seq_len)
+    plan = planner.plan([(state, 180)], pool, EarlyEvents(hurry=True, observes=[(state, 180)]))
+    assert plan.observes == [ObserveOp(1, 180)]
+    plan = planner.plan([(state, 196)], pool, EarlyEvents(hurry=True, events=[(state, 196)]))
+    (select,) = plan.selects
+    assert (select.first_query, select.recent_start, plan.early) == (180, 160, 1)
+    planner.settle(state, 4, [10] * 4)
+    plan = planner.plan([(state, 198)], pool, EarlyEvents(hurry=True, events=[(state, 198)]))
+    assert (len(plan.condenses), plan.freed_pages, plan.allocated_pages, plan.early) == (1, 3, 1, 1)
+    assert state.early_pages == 2
 
 
 @pytest.mark.parametrize(
