@@ -22,6 +22,7 @@ SHORT_INTERVALS: dict[str, Any] = {
     "min_tokens": 8,
     "top_p": 0.8,
 }
+LOG_INTERVAL = 10  # decode steps between two log lines
 FIRST_EVENT = 64  # tokens past the dense prefix at the first select event, with these intervals
 STRICT = MappingProxyType({"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"})
 STOCK = MappingProxyType({"max-total-tokens": POOL_TOKENS, "chunked-prefill-size": 128})
@@ -32,7 +33,9 @@ def compressed(options: dict[str, Any], **flags: Any) -> dict[str, Any]:
     return {**STOCK, "kv-compression": "hardkv", "kv-compression-config": json.dumps(options), **flags}
 
 
-SHORT = MappingProxyType(compressed(SHORT_INTERVALS))
+SHORT = MappingProxyType(compressed(SHORT_INTERVALS, **{"enable-metrics": True, "decode-log-interval": LOG_INTERVAL}))
+# bookkeeping needs no good text: real weights, a quarter of the time
+FEWER_LAYERS = MappingProxyType({"json-model-override-args": '{"num_hidden_layers": 8}'})
 # nothing can be dropped, so no event would run by itself
 EXACT_OPTIONS = {**SHORT_INTERVALS, "top_p": 1.0, "max_tokens": None, "min_freed_pages": 0}
 EXACT = MappingProxyType(compressed(EXACT_OPTIONS))

