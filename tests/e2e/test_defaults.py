@@ -33,7 +33,7 @@ def used_tokens(log: str) -> list[int]:
     return [int(n) for n in re.findall(r"Decode batch, #running-req: \d+, #token: (\d+)", log)]
 
 
-def test_default_options_hold_less_than_half(server_for: ServerFor) -> None:
+def test_default_options_hold_less_than_half(server_for: Callable[..., Server]) -> None:
     server = server_for(DEFAULTS)
     rid, num_tokens = fresh_rid(), 3100
     before = len(used_tokens(server.log_text()))
