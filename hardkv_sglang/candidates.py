@@ -59,10 +59,10 @@ class CandidateReader:
         cfg, tables, H, G = self.cfg, self.tables, self.cfg.layout.num_kv_heads, self.cfg.group_size
         positions = torch.arange(op.first_query, op.seq_len, device=tables.query_ring.device)
         index = positions % cfg.options.query_window
-        queries = tables.query_ring[layers, op.row][:, index]  # [l, Q, HQ, D]
+        queries = tables.query_ring[layers, op.ring_slot][:, index]  # [l, Q, HQ, D]
         Q, D = queries.shape[1], queries.shape[-1]
         queries = queries.view(-1, Q, H, G, D).permute(0, 2, 3, 1, 4).reshape(-1, G, Q, D)
-        lse2 = tables.lse2_ring[layers, op.row][:, index].view(-1, Q, H, G).permute(0, 2, 3, 1).reshape(-1, G, Q)
+        lse2 = tables.lse2_ring[layers, op.ring_slot][:, index].view(-1, Q, H, G).permute(0, 2, 3, 1).reshape(-1, G, Q)
         return queries.float() * (cfg.softmax_scale * math.log2(math.e)), lse2
 
     def _rows(self, op: SelectOp, layers: slice, padding: torch.Tensor) -> torch.Tensor:

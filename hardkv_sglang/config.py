@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,16 @@ class ResolvedConfig:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.num_q_heads // self.layout.num_kv_heads
+
+    @property
+    def num_ring_slots(self) -> int:
+        """Requests whose queries can be recorded at a time.
+
+        A request needs a slot for `query_window` of every `select_interval` tokens; half as many again let requests
+        that started together wait for one another.
+        """
+        share = self.options.query_window / self.options.select_interval
+        return min(self.num_rows - 1, ceil(1.5 * share * (self.num_rows - 1)) + 8)
 
     @property
     def max_sparse_span(self) -> int:

@@ -79,7 +79,7 @@ class EventExecutor:
         return [self._select(op) for op in plan.selects]
 
     def _observe(self, op: ObserveOp) -> None:
-        self.tables.observe_from[op.row] = op.observe_from
+        self.tables.ring_slot[op.row] = op.ring_slot
 
     def _condense(self, ops: list[CondenseOp]) -> None:
         page_size = self.cfg.layout.page_size
@@ -143,7 +143,7 @@ class EventExecutor:
         tables.temperature[:, op.row] = selection.temperature.float().view(shape)
         tables.prefix_end[op.row] = op.prefix_end
         tables.recent_start[op.row] = op.recent_start
-        tables.observe_from[op.row] = op.observe_from
+        tables.ring_slot[op.row] = -1
         return keep.sum(1, dtype=torch.int32).view(shape)
 
     def _to_host(self, counts: torch.Tensor) -> torch.Tensor:

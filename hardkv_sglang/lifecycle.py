@@ -47,7 +47,8 @@ class RequestState:
     condensed_end: int
     recent_start: int
     decode_start: int  # position of the first decoded token: queries before it were never observed
-    observe_from: int  # first position whose query is recorded for the next select event
+    observe_from: int  # first position whose query counts for the next select event, or is to
+    ring_slot: int | None = None  # where its queries are recorded; None while they are not
     condensed_slots: Any = None
     num_condensed_pages: int = 0
     num_selects: int = 0
@@ -74,10 +75,10 @@ class RequestState:
 
 @dataclass(frozen=True)
 class ObserveOp:
-    """Start recording queries of a row at a position."""
+    """Record the queries of a row in a ring slot, from this step on."""
 
     row: int
-    observe_from: int
+    ring_slot: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class SelectOp:
     seq_len: int
     condensed_list_bound: int
     recalibrate: bool
-    observe_from: int
+    ring_slot: int
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class LifecyclePlanner:
         self.schedule = EventSchedule(cfg)
         self.query_window = cfg.options.query_window
         self.kept = KeptShare()  # of all requests so far
+        self.free_ring_slots = list(range(cfg.num_ring_slots))
 
     def admit(self, row: int, prompt_len: int, protected_len: int, seq_len: int) -> RequestState:
         """State of a request at its first decode step (again after a retraction).
@@ -173,8 +175,9 @@ class LifecyclePlanner:
         All allocations come before all frees: otherwise one request's source page could become another's
         target inside one launch. A condense event that the pool cannot serve is postponed.
         """
-        plan = StepPlan(observes=[self._observe_now(state, seq_len) for state, seq_len in early.observes])
         running, schedule = list(views), self.schedule
+        due = [(state, seq_len) for state, seq_len in running if seq_len >= state.observe_from]
+        plan = StepPlan(observes=self._start_observing([*due, *early.observes]))
         for state, seq_len in running:
             self._learn(state, seq_len)
         budget = self.cfg.options.max_events_per_step if early.hurry else schedule.event_budget(len(running))
@@ -210,9 +213,20 @@ class LifecyclePlanner:
             state.early_pages += gain
             plan.early += 1
 
-    def _observe_now(self, state: RequestState, seq_len: int) -> ObserveOp:
-        state.observe_from = seq_len
-        return ObserveOp(state.row, seq_len)
+    def _start_observing(self, views: Iterable[View]) -> list[ObserveOp]:
+        """Give ring slots to requests that have none, as long as there are any; the others wait for one."""
+        ops = []
+        for state, seq_len in views:
+            if state.ring_slot is None and self.free_ring_slots:
+                state.ring_slot, state.observe_from = self.free_ring_slots.pop(), seq_len
+                ops.append(ObserveOp(state.row, state.ring_slot))
+        return ops
+
+    def stop_observing(self, state: RequestState) -> None:
+        """Take the request's ring slot back, if it has one."""
+        if state.ring_slot is not None:
+            self.free_ring_slots.append(state.ring_slot)
+            state.ring_slot = None
 
     def _plan_select(self, state: RequestState, seq_len: int) -> SelectOp:
         old_recent_start = state.recent_start
@@ -227,6 +241,9 @@ class LifecyclePlanner:
         state.num_selects += 1
         state.selected_at = seq_len
         state.survivor_pages = None
+        ring_slot = state.ring_slot
+        assert ring_slot is not None
+        self.stop_observing(state)
         # queries before this event attended another set of tokens than the next event will assume
         state.observe_from = max(seq_len, self.schedule.next_select(state) - self.query_window)
         return SelectOp(
@@ -240,7 +257,7 @@ class LifecyclePlanner:
             seq_len=seq_len,
             condensed_list_bound=state.condensed_list_bound,
             recalibrate=recalibrate,
-            observe_from=state.observe_from,
+            ring_slot=ring_slot,
         )
 
     def _plan_condense(self, state: RequestState, seq_len: int, allocator: PageAllocator, plan: StepPlan) -> bool:
@@ -285,6 +302,7 @@ class LifecyclePlanner:
         itself: the dense prefix if any event ran, else all of it.
         """
         state.released = True
+        self.stop_observing(state)
         if not state.is_compressed:
             return allocated_len
         if state.num_condensed_pages:

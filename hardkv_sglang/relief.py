@@ -102,7 +102,7 @@ class PressureRelief:
             return Stage.COUNTING
         if schedule.is_observed(state, seq_len):
             return Stage.SELECTABLE
-        return Stage.OBSERVED if seq_len >= state.observe_from else Stage.UNOBSERVED
+        return Stage.UNOBSERVED if state.ring_slot is None else Stage.OBSERVED
 
     def _gain(self, state: RequestState, seq_len: int) -> int:
         """Token pages that the request is expected to give back with its next events."""

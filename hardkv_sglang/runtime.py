@@ -172,7 +172,10 @@ class HardKVRuntime:
         state = self.states.pop(req.rid, None)
         if req.finished():
             self.admission.output_length.add_end()
-        if state is None or not compat.holds_kv(req):
+        if state is None:
+            return
+        if not compat.holds_kv(req):
+            self.planner.stop_observing(state)
             return
         allocated = compat.allocated_len(req)
         if state.is_compressed:
@@ -197,6 +200,8 @@ class HardKVRuntime:
             return
         if self.states:
             raise IntegrityError(f"the idle server holds compression state of requests {sorted(self.states)}")
+        if len(self.planner.free_ring_slots) != self.cfg.num_ring_slots:
+            raise IntegrityError("the idle server records queries of requests that have ended")
         self.check_integrity([], tree_cache)
         self.publish_metrics()
         self.idle_check_due = False

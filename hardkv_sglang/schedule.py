@@ -70,7 +70,7 @@ class EventSchedule:
 
     def is_observed(self, state: RequestState, seq_len: int) -> bool:
         """Whether enough queries are recorded for a select event."""
-        return seq_len - state.observe_from >= self.query_window
+        return state.ring_slot is not None and seq_len - state.observe_from >= self.query_window
 
     def may_drop(self, state: RequestState, target: int) -> bool:
         """Whether a select event up to `target` can drop anything: lists at their floor cannot shrink.

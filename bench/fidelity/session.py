@@ -17,7 +17,7 @@ from bench.fidelity.pool import ROW, PagePool
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SettledCounts
 from hardkv_sglang.kernels.reference import State, dense_slots, ragged_rows
-from hardkv_sglang.lifecycle import LifecyclePlanner, ObserveOp, RequestState, StepPlan
+from hardkv_sglang.lifecycle import LifecyclePlanner, RequestState, StepPlan
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
@@ -74,7 +74,6 @@ class CompressedSession:
         self.pool.v_storage[:, slots] = cache.values[:, :, :prompt_len].transpose(1, 2)
         self.seq_len = prompt_len
         self.state = self.planner.admit(ROW, prompt_len, 0, prompt_len)
-        self.executor.run(StepPlan(observes=[ObserveOp(ROW, self.state.observe_from)]))
 
     def decode(self, model: BlockModel, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         """Decode `tokens` ([N]) with the events that a server would run; yields hidden states, block by block."""
@@ -155,9 +154,9 @@ class CompressedSession:
 
     def _observe(self, layer: int, q: torch.Tensor, lse2: torch.Tensor) -> None:
         window, end = self.cfg.options.query_window, self.seq_len + q.shape[1]
-        first = max(self.seq_len, end - window, int(self.tables.observe_from[ROW]))
-        if first >= end:
+        first, slot = max(self.seq_len, end - window), int(self.tables.ring_slot[ROW])
+        if slot < 0:
             return
         index, block = torch.arange(first, end) % window, slice(first - self.seq_len, end - self.seq_len)
-        self.tables.query_ring[layer, ROW, index] = q[:, block].transpose(0, 1)
-        self.tables.lse2_ring[layer, ROW, index] = lse2[:, block].T
+        self.tables.query_ring[layer, slot, index] = q[:, block].transpose(0, 1)
+        self.tables.lse2_ring[layer, slot, index] = lse2[:, block].T

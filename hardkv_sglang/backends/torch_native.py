@@ -21,7 +21,12 @@ class DecodeRow:
     row: int
     seq_len: int
     slots: torch.Tensor | None  # dense-tier slots of a compressed request; None where stock attention serves
-    is_observed: bool  # whether its query and LSE go into the observation ring
+    ring_slot: int  # where its query and LSE go in the observation ring; -1: nowhere
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether its query and LSE are recorded."""
+        return self.ring_slot >= 0
 
 
 class HardKVTorchNativeBackend(TorchNativeAttnBackend):
@@ -51,8 +56,7 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         for row, seq_len in zip(forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), strict=True):
             compressed = int(tables.recent_start[row]) > 0
             slots = reference.dense_slots(req_to_token, tables, row, seq_len) if compressed else None
-            observed = seq_len - 1 >= int(tables.observe_from[row])
-            self.hardkv_rows.append(DecodeRow(row, seq_len, slots, observed))
+            self.hardkv_rows.append(DecodeRow(row, seq_len, slots, int(tables.ring_slot[row])))
 
     def forward_decode(
         self,
@@ -107,5 +111,5 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
             o.copy_(state[0])
         if request.is_observed:
             index = (request.seq_len - 1) % self.hardkv_cfg.options.query_window
-            tables.query_ring[layer.layer_id, request.row, index] = q
-            tables.lse2_ring[layer.layer_id, request.row, index] = state[1]
+            tables.query_ring[layer.layer_id, request.ring_slot, index] = q
+            tables.lse2_ring[layer.layer_id, request.ring_slot, index] = state[1]

@@ -16,11 +16,11 @@ def observe_kernel(
     lse2,
     rows,
     seq_lens,
-    observe_from,
+    ring_slot,
     query_ring,
     lse2_ring,
     i_l,
-    num_rows,
+    num_slots,
     stride_q,
     HQ: tl.constexpr,
     D: tl.constexpr,
@@ -29,12 +29,13 @@ def observe_kernel(
 ):
     i_b, i_block = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + i_b).to(tl.int64)
-    position = tl.load(seq_lens + i_b).to(tl.int64) - 1
-    if position >= tl.load(observe_from + row):
+    i_slot = tl.load(ring_slot + row).to(tl.int64)
+    if i_slot >= 0:
+        position = tl.load(seq_lens + i_b).to(tl.int64) - 1
         o_h = i_block * BH + tl.arange(0, BH)
         m_h = o_h < HQ
         o_d = tl.arange(0, D)
-        o_ring = ((tl.cast(i_l, tl.int64) * num_rows + row) * W + position % W) * HQ + o_h
+        o_ring = ((tl.cast(i_l, tl.int64) * num_slots + i_slot) * W + position % W) * HQ + o_h
         # one block of query heads, BH rows of D
         b_q = tl.load(q + i_b.to(tl.int64) * stride_q + o_h[:, None] * D + o_d[None, :], mask=m_h[:, None])
         tl.store(query_ring + o_ring[:, None] * D + o_d[None, :], b_q, mask=m_h[:, None])
@@ -50,11 +51,10 @@ def observe(
     q: torch.Tensor,
     lse2: torch.Tensor,
 ) -> None:
-    """Record the step's queries of requests whose position has reached `observe_from`, in place in the ring.
+    """Record the step's queries of requests that have a ring slot, in place in the ring.
 
     rows: [B] integer; seq_lens: [B] integer, the new token included; q: [B, HQ, D] after RoPE, contiguous in its
-    last two axes; lse2: [B, HQ] float32 contiguous. One launch, no sync, graph-safe. Row 0 never records: its
-    `observe_from` stays at the largest int32.
+    last two axes; lse2: [B, HQ] float32 contiguous. One launch, no sync, graph-safe. Row 0 never has a slot.
     """
     B, HQ, D = q.shape
     assert q.stride(1) == D and q.stride(2) == 1 and lse2.is_contiguous(), "q [B, HQ, D], lse2 [B, HQ]"
@@ -64,11 +64,11 @@ def observe(
         lse2,
         rows,
         seq_lens,
-        tables.observe_from,
+        tables.ring_slot,
         tables.query_ring,
         tables.lse2_ring,
         i_l=layer,
-        num_rows=tables.observe_from.numel(),
+        num_slots=tables.query_ring.shape[1],
         stride_q=q.stride(0),
         HQ=HQ,
         D=D,

@@ -15,7 +15,7 @@ from hardkv_sglang.config import ResolvedConfig
 
 @dataclass(frozen=True)
 class DeviceTables:
-    """R rows, L layers, H KV heads, W observation queries.
+    """R rows, L layers, H KV heads, W observation queries, O ring slots.
 
     A row's tokens: dense `[0, prefix_end)`, condensed, sparse, dense `[recent_start, seq_len)`. An
     uncompressed row has `prefix_end = recent_start = 0`, so its dense tier is the whole sequence.
@@ -30,9 +30,9 @@ class DeviceTables:
     num_sparse: torch.Tensor  # [L, R, H] int32, tokens in the sparse list
     sparse_positions: torch.Tensor  # [L, R, H, S] int32, ascending positions; slot = req_to_token[row, position]
     temperature: torch.Tensor  # [L, R, H] float32, calibrated temperature of the metric
-    query_ring: torch.Tensor  # [L, R, W, num_q_heads, head_dim], decode queries (after RoPE) at position % W
-    lse2_ring: torch.Tensor  # [L, R, W, num_q_heads] float32, base-2 LSE over all attended tokens
-    observe_from: torch.Tensor  # [R] int32, first position whose query the backend must record
+    query_ring: torch.Tensor  # [L, O, W, num_q_heads, head_dim], decode queries (after RoPE) at position % W
+    lse2_ring: torch.Tensor  # [L, O, W, num_q_heads] float32, base-2 LSE over all attended tokens
+    ring_slot: torch.Tensor  # [R] int32, where the backend records the row's queries; -1: nowhere
 
     @classmethod
     def allocate(cls, cfg: ResolvedConfig, dtype: torch.dtype, device: torch.device | str) -> DeviceTables:
@@ -53,9 +53,9 @@ class DeviceTables:
             num_sparse=zeros(L, R, H),
             sparse_positions=zeros(L, R, H, cfg.max_sparse_span),
             temperature=zeros(L, R, H, kind=torch.float32),
-            query_ring=zeros(L, R, W, HQ, D, kind=dtype),
-            lse2_ring=zeros(L, R, W, HQ, kind=torch.float32),
-            observe_from=torch.full((R,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device),
+            query_ring=zeros(L, cfg.num_ring_slots, W, HQ, D, kind=dtype),
+            lse2_ring=zeros(L, cfg.num_ring_slots, W, HQ, kind=torch.float32),
+            ring_slot=zeros(R) - 1,
         )
 
     def reset(self, rows: torch.Tensor) -> None:
@@ -64,7 +64,7 @@ class DeviceTables:
         self.recent_start[rows] = 0
         self.num_condensed[:, rows] = 0
         self.num_sparse[:, rows] = 0
-        self.observe_from[rows] = torch.iinfo(torch.int32).max
+        self.ring_slot[rows] = -1
 
     @property
     def num_bytes(self) -> int:

@@ -15,17 +15,17 @@ def test_observe(make_case, group: int) -> None:
     tables, device, window = case.tables, case.k.device, case.tables.query_ring.shape[2]
     tables.query_ring.fill_(torch.nan)
     tables.lse2_ring.fill_(torch.nan)
-    tables.observe_from[:] = torch.tensor([2**31 - 1, 100, 100, 2**31 - 1, 0])
+    tables.ring_slot[:] = torch.tensor([-1, -1, 0, -1, 3])
     rows = torch.tensor([4, 0, 1, 2, 3, 0], device=device)
-    # positions 6, 0 (padding), 99 (too early), 100 (due), 500 (never asked for), 0
+    # rows 0 (padding), 1 and 3 have no slot
     seq_lens = torch.tensor([7, 1, 100, 101, 501, 1], device=device)
     q = torch.randn(6, case.cfg.num_q_heads, case.layout.head_dim).to(device)
     lse2 = torch.randn(6, case.cfg.num_q_heads).to(device)
     observe(tables, 1, rows, seq_lens, q, lse2)
-    assert torch.equal(tables.query_ring[1, 4, 6], q[0])
-    assert torch.equal(tables.lse2_ring[1, 4, 6], lse2[0])
-    assert torch.equal(tables.query_ring[1, 2, 100 % window], q[3])
-    assert torch.equal(tables.lse2_ring[1, 2, 100 % window], lse2[3])
+    assert torch.equal(tables.query_ring[1, 3, 6], q[0])
+    assert torch.equal(tables.lse2_ring[1, 3, 6], lse2[0])
+    assert torch.equal(tables.query_ring[1, 0, 100 % window], q[3])
+    assert torch.equal(tables.lse2_ring[1, 0, 100 % window], lse2[3])
     written = ~tables.lse2_ring.isnan()
     assert int(written.sum()) == 2 * case.cfg.num_q_heads
     assert int((~tables.query_ring.isnan()).sum()) == 2 * case.cfg.num_q_heads * case.layout.head_dim

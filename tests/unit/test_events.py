@@ -15,7 +15,7 @@ import torch
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SettledCounts
 from hardkv_sglang.kernels import reference
-from hardkv_sglang.lifecycle import LifecyclePlanner, ObserveOp, RequestState, SelectOp, StepPlan
+from hardkv_sglang.lifecycle import LifecyclePlanner, RequestState, SelectOp
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
@@ -78,9 +78,7 @@ class Simulation:
         self.executor.reset(torch.tensor([ROW]))
         for position in range(prompt_len):
             self.write_token(position)
-        state = self.planner.admit(ROW, prompt_len, prompt_len // PAGE * PAGE, prompt_len)
-        self.executor.run(StepPlan(observes=[ObserveOp(ROW, state.observe_from)]))
-        return state
+        return self.planner.admit(ROW, prompt_len, prompt_len // PAGE * PAGE, prompt_len)
 
     def step(self, state: RequestState, seq_len: int) -> None:
         """Plan, run events, decode one token in every layer, settle."""
@@ -136,9 +134,10 @@ class Simulation:
         if int(self.tables.recent_start[ROW]) > 0:
             state = reference.merge_states(state, reference.ragged_decode(q, self.k, self.v, *ragged))
         self.check(q.double(), layer, seq_len, state)
-        if position >= int(self.tables.observe_from[ROW]):
+        slot = int(self.tables.ring_slot[ROW])
+        if slot >= 0:
             index = position % self.options.query_window
-            self.tables.query_ring[layer, ROW, index], self.tables.lse2_ring[layer, ROW, index] = q, state[1]
+            self.tables.query_ring[layer, slot, index], self.tables.lse2_ring[layer, slot, index] = q, state[1]
 
     def check(self, q: torch.Tensor, layer: int, seq_len: int, state: reference.State) -> None:
         for head in range(H):

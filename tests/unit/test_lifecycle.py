@@ -65,6 +65,29 @@ def test_random_lives_conserve_pages(seed: int, num_pages: int) -> None:
             else:
                 running[row] = (state, seq_len + 1)
         pool.check([state for state, _ in running.values()], num_pages)
+        slots = [state.ring_slot for state, _ in running.values() if state.ring_slot is not None]
+        assert sorted(slots + planner.free_ring_slots) == list(range(planner.cfg.num_ring_slots))
+
+
+def test_requests_wait_for_a_ring_slot() -> None:
+    """Requests that started together get their select events one group after the other, none is forgotten."""
+    options = OPTIONS.with_options(select_interval=256, condense_interval=256, max_events_per_step=100)
+    planner, pool = make_planner(options), PagePool(4000)
+    planner.free_ring_slots = [7, 5]
+    states = {row: start(planner, pool, row, 40) for row in range(1, 6)}
+    selected = {}
+    for seq_len in range(40, 500):
+        plan = planner.plan([(state, seq_len) for state in states.values()], pool)
+        selected.update({op.row: seq_len for op in plan.selects if op.row not in selected})
+        assert all(op.ring_slot in (5, 7) for op in plan.selects)
+        for row in states:
+            pool.extend_row(row, seq_len + 1)
+    first, window = min(selected.values()), options.query_window
+    # one event a step for five requests; a slot is free again in the step after its event
+    assert [n - first for n in sorted(selected.values())] == [0, 1, window + 1, window + 2, 2 * window + 2]
+    for state in states.values():
+        planner.release(state, 500, pool)
+    assert sorted(planner.free_ring_slots) == [5, 7]
 
 
 def check_ranges(planner: LifecyclePlanner, state: RequestState, seq_len: int) -> None:
@@ -131,6 +154,7 @@ def test_retracted_request_starts_over_without_old_queries() -> None:
     state = planner.admit(1, 40, 32, 340)
     assert (state.prefix_end, state.observe_from) == (64, 340)
     pool = PagePool(100)
+    assert planner.plan([(state, 340)], pool).observes
     assert not planner.plan([(state, 340 + OPTIONS.query_window - 1)], pool).selects
     (op,) = planner.plan([(state, 340 + OPTIONS.query_window)], pool).selects
     assert op.first_query == 340
@@ -200,7 +224,8 @@ def test_early_events_follow_what_relief_chose() -> None:
     for seq_len in range(41, 200):
         pool.extend_row(1, seq_len)
     plan = planner.plan([(state, 180)], pool, EarlyEvents(hurry=True, observes=[(state, 180)]))
-    assert plan.observes == [ObserveOp(1, 180)]
+    assert plan.observes == [ObserveOp(1, state.ring_slot)]
+    assert state.observe_from == 180
     plan = planner.plan([(state, 196)], pool, EarlyEvents(hurry=True, events=[(state, 196)]))
     (select,) = plan.selects
     assert (select.first_query, select.recent_start, plan.early) == (180, 160, 1)
