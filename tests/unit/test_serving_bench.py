@@ -229,8 +229,8 @@ def test_report_files(tmp_path: Path) -> None:
     console = Console(file=(tmp_path / "terminal").open("w"), width=200)
     write_report(console, SMOKE, systems, finished, {"command": "python"}, (tmp_path, tmp_path / "img"))
     report = json.loads((tmp_path / "serving_smoke.json").read_text())
-    assert report["run"]["pool_tokens"] == 1280 and report["run"]["measured_commits"] == ["c0ffee"]
-    assert report["run"]["layers"] == 6
+    assert report["run"]["pool_tokens"] == SMOKE.pool_tokens and report["run"]["measured_commits"] == ["c0ffee"]
+    assert report["run"]["layers"] == SMOKE.layers
     assert [row["system"] for row in report["rows"]] == ["stock", "hardkv"]
     text = (tmp_path / "serving_smoke.md").read_text()
     assert "| long | 8 | 8 | hardkv | 5.0 | 512.0 | 2.00x | 1.600 |" in text
