@@ -195,7 +195,7 @@ def result_of(seconds: float, **figures: float | None) -> dict[str, Any]:
     rates = {"seconds": seconds, "output_tokens_per_second": 2560 / seconds, "requests_per_second": 8 / seconds}
     events = dict.fromkeys(("select_events", "condense_events", "postponed_events", "kept_fraction"))
     samples = [vars(sample) for sample in parse_samples(FULL_POOL_LOG)]
-    figures = {**times, **rates, **summarise_log(FULL_POOL_LOG), **events, **figures}
+    figures = {"load_average": 2.0, **times, **rates, **summarise_log(FULL_POOL_LOG), **events, **figures}
     return {"commit": "c0ffee", "resolved": {"page_size": 32}, "figures": figures, "samples": samples}
 
 
