@@ -32,6 +32,8 @@ from hardkv_sglang.server_process import ServerError
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("sglang", "torch", "triton", "flashinfer-python", "transformers", "hardkv-sglang")
+PLAIN_WIDTH = 120
+"""Columns of output that goes to a file."""
 COMMON_FLAGS = {
     "random-seed": 0,
     # every chunk with all of the text so far makes the client the bottleneck of long outputs
@@ -175,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "bench.serving", *(sys.argv[1:] if argv is None else argv)])
     try:
         with tempfile.TemporaryDirectory(prefix="hardkv-serving-") as scratch:
-            return 0 if execute(Console(highlight=False), args, command, Path(scratch)) else 1
+            console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+            return 0 if execute(console, args, command, Path(scratch)) else 1
     except (ValueError, DemoModelError, ServerError, ClientError) as error:
         print(f"bench.serving: {error}", file=sys.stderr)
         return 2

@@ -60,8 +60,9 @@ def draw_time(path: Path, finished: Sequence[Finished], pool_tokens: int) -> Non
         upper.set(title=f"{workload.name}, {most} clients")
         lower.axhline(pool_tokens, color="black", linewidth=0.8, linestyle="--", label="pool")
         lower.set(xlabel="seconds since the first decode line")
-        upper.set_ylim(bottom=0)
-        lower.set_ylim(bottom=0)
+        for panel in (upper, lower):
+            panel.set_xlim(left=0)
+            panel.set_ylim(bottom=0)
     panels[0][0].set_ylabel("running requests")
     panels[1][0].set_ylabel("pool tokens of running requests")
     panels[1][0].legend(fontsize=8)

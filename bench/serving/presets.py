@@ -60,8 +60,8 @@ CPU = Preset(
 SMOKE = Preset(
     name="smoke",
     model=DEMO_MODEL,
-    layers=6,
-    pool_tokens=1280,
+    layers=2,
+    pool_tokens=1024,
     flags=CPU_FLAGS,
     same_flags=CPU_SAME_FLAGS,
     # a few hundred tokens see several events
@@ -74,7 +74,7 @@ SMOKE = Preset(
         "top_p": 0.8,
     },
     workloads=(
-        Workload("long", "fixed-length long output", RandomPrompts(32, 320), (8,), waves=1),
+        Workload("long", "fixed-length long output", RandomPrompts(32, 256), (8,), waves=1),
         Workload("shared-prefix", "generated-shared-prefix", SharedPrefix(2, 128, 16, 16), (4,), waves=1),
     ),
     rounds=1,

@@ -49,6 +49,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "retractions": number("retractions"),
     "events, select / condense": pair(number("select_events"), number("condense_events")),
     "kept": number("kept_fraction", 2),
+    "load": number("load_average", 1),
 }
 NARROW = ("workload", "clients", "system", "seconds", "output tok/s", "ratio", "peak tokens", "retractions", "kept")
 """Columns that fit a terminal."""
@@ -56,8 +57,9 @@ NOTES = """\
 Times, throughput, TTFT and TPOT are those of `sglang.benchmark.serving`; the time is that of all requests of a line.
 `ratio` is output tok/s against {baseline} on the same load. Running requests and peak tokens (of the pool, held by
 running requests) are SGLang's decode log, one line every {interval} steps; retractions count a request each time
-that it is thrown out of a full pool. `kept` is the share of scored tokens that select events kept. Medians
-over rounds."""
+that it is thrown out of a full pool. `kept` is the share of scored tokens that select events kept. `load`
+is the load average of the machine over the last minute: on a CPU, times count only if nothing but the benchmark ran.
+Medians over rounds."""
 
 
 def write_report(

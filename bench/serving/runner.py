@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ class Runner:
         result = {
             "commit": self.commit,
             "resolved": {name: info.get(name) for name in RESOLVED},
-            "figures": {**figures, **summarise_log(log), **compression},
+            "figures": {**figures, **summarise_log(log), **compression, "load_average": os.getloadavg()[0]},
             "samples": [asdict(sample) for sample in parse_samples(log)],
         }
         cell.save(self.folder, result)

@@ -21,7 +21,7 @@ def test_smoke_preset(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert list(rows) == [(load.name, system) for load in SMOKE.workloads for system in SMOKE.systems]
     for row in rows.values():
         figures = row["figures"]
-        assert figures["output_tokens"] == row["requests"] * (320 if row["workload"] == "long" else 16)
+        assert figures["output_tokens"] == row["requests"] * (256 if row["workload"] == "long" else 16)
         assert figures["output_tokens_per_second"] > 0 and figures["ttft_p50_ms"] > 0 and figures["tpot_p99_ms"] > 0
         assert 0 < figures["peak_tokens"] <= SMOKE.pool_tokens
         assert 0 < figures["running_mean"] <= figures["running_max"] <= row["clients"]
@@ -29,8 +29,8 @@ def test_smoke_preset(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert stock["select_events"] is None
     assert ours["select_events"] > 0 and ours["condense_events"] > 0 and 0 < ours["kept_fraction"] < 1
     # the pool holds three and a half dense requests
-    assert ours["running_mean"] > stock["running_mean"]
-    assert report["run"]["layers"] == 6
+    assert ours["retractions"] <= stock["retractions"]
+    assert report["run"]["layers"] == SMOKE.layers
     assert all(system["resolved"]["page_size"] == 32 for system in report["systems"].values())
     assert {path.name for path in pictures.iterdir()} == {"serving_smoke_throughput.png", "serving_smoke_time.png"}
     assert "8 clients, round 1" in capsys.readouterr().out

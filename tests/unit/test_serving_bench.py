@@ -195,7 +195,7 @@ def result_of(seconds: float, **figures: float | None) -> dict[str, Any]:
     rates = {"seconds": seconds, "output_tokens_per_second": 2560 / seconds, "requests_per_second": 8 / seconds}
     events = dict.fromkeys(("select_events", "condense_events", "postponed_events", "kept_fraction"))
     samples = [vars(sample) for sample in parse_samples(FULL_POOL_LOG)]
-    figures = {**times, **rates, **summarise_log(FULL_POOL_LOG), **events, **figures}
+    figures = {"load_average": 2.0, **times, **rates, **summarise_log(FULL_POOL_LOG), **events, **figures}
     return {"commit": "c0ffee", "resolved": {"page_size": 32}, "figures": figures, "samples": samples}
 
 
@@ -229,8 +229,8 @@ def test_report_files(tmp_path: Path) -> None:
     console = Console(file=(tmp_path / "terminal").open("w"), width=200)
     write_report(console, SMOKE, systems, finished, {"command": "python"}, (tmp_path, tmp_path / "img"))
     report = json.loads((tmp_path / "serving_smoke.json").read_text())
-    assert report["run"]["pool_tokens"] == 1280 and report["run"]["measured_commits"] == ["c0ffee"]
-    assert report["run"]["layers"] == 6
+    assert report["run"]["pool_tokens"] == SMOKE.pool_tokens and report["run"]["measured_commits"] == ["c0ffee"]
+    assert report["run"]["layers"] == SMOKE.layers
     assert [row["system"] for row in report["rows"]] == ["stock", "hardkv"]
     text = (tmp_path / "serving_smoke.md").read_text()
     assert "| long | 8 | 8 | hardkv | 5.0 | 512.0 | 2.00x | 1.600 |" in text
