@@ -118,7 +118,7 @@ class EarlyEvents:
     """What to do before it is due, because the pool runs low."""
 
     hurry: bool = False  # run as many events in one step as allowed, instead of spreading them
-    events: Sequence[View] = ()  # condense if survivors are known, else select
+    events: Sequence[View] = ()  # condense if that gives a page back, else select
     observes: Sequence[View] = ()  # record queries from this step on
 
 
@@ -204,12 +204,11 @@ class LifecyclePlanner:
             self.kept.add(state.survivor_pages * self.cfg.layout.page_size, state.recent_start - state.prefix_end)
 
     def _plan_early(self, state: RequestState, seq_len: int, allocator: PageAllocator, plan: StepPlan) -> None:
-        if not self.schedule.is_settled(state, seq_len):
+        gain = self.schedule.condense_gain(state) if self.schedule.is_settled(state, seq_len) else 0
+        if gain <= 0:
             plan.selects.append(self._plan_select(state, seq_len))
             plan.early += 1
-            return
-        gain = self.schedule.condense_gain(state)
-        if self._plan_condense(state, seq_len, allocator, plan):
+        elif self._plan_condense(state, seq_len, allocator, plan):
             state.early_pages += gain
             plan.early += 1
 

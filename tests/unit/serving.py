@@ -166,6 +166,7 @@ class Serving:
         self.pool.log.clear()
         plan = self.planner.plan(views, self.pool, self.relief.choose(views, seq_lens, free))
         if self.is_checked:
+            assert plan.num_events <= self.options.max_events_per_step
             self.check(views)
         for req, (state, _) in zip(self.running, views, strict=True):
             if req.retractions and any(op.state is state for op in plan.condenses):
