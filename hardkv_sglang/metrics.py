@@ -31,7 +31,7 @@ COUNTERS = (
     Series("hardkv_condense_events_total", "events", "condense_events", "condense events planned, early ones included"),
     Series(
         "hardkv_early_events_total", "events", "early_events",
-        "condense events that ran before their interval because pages were short",
+        "select and condense events that ran before they were due, because the pool was low",
     ),
     Series(
         "hardkv_postponed_events_total", "attempts", "postponed_events",

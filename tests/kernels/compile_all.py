@@ -1,0 +1,88 @@
+"""Compile every kernel for an NVIDIA GPU that is not there: `python compile_all.py [ARCHITECTURE]`.
+
+Run in a process of its own, because the other tests of this folder turn Triton's interpreter on. The public wrappers
+are called as the runtime calls them, with launching replaced by compilation down to machine code.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.kernels.condense import condense
+from hardkv_sglang.kernels.dense_slots import write_dense_slots
+from hardkv_sglang.kernels.merge import merge_states
+from hardkv_sglang.kernels.observe import observe
+from hardkv_sglang.kernels.ragged_decode import ragged_decode
+from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, plan_ragged_decode
+from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.tables import DeviceTables
+
+OPTIONS = ("num_warps", "num_stages")
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.bool: "*i1", float: "fp32", int: "i32",
+}  # fmt: skip
+
+
+class Compiler:
+    """Stands in for `JITFunction.run`."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+        self.done: list[str] = []
+
+    def run(self, kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        """Compile the kernel for these arguments."""
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        given = {**{p.name: value for p, value in zip(kernel.params, args, strict=False)}, **kwargs}
+        signature, constants = {}, {}
+        for parameter in kernel.params:
+            value = given[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            else:
+                signature[parameter.name] = TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        binary = triton.compile(source, target=self.target, options=options)
+        self.done.append(f"{kernel.__name__}: {len(binary.asm['cubin'])} bytes")
+
+
+def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
+    """One call of each kernel's public function."""
+    layout = PoolLayout(num_layers=2, num_kv_heads=2, head_dim=head_dim, page_size=32, num_slots=320)
+    cfg = ResolvedConfig(HardKVConfig(max_tokens=256), layout, 2 * group, 0.1, 5, 1024)
+    tables = DeviceTables.allocate(cfg, dtype, "cpu")
+    k, v = (torch.zeros(2, 320, 2, head_dim, dtype=dtype) for _ in range(2))
+    req_to_token = torch.zeros(5, 1024, dtype=torch.int32)
+    rows, seq_lens = torch.tensor([1, 2]), torch.tensor([7, 9])
+    q, lse2 = torch.zeros(2, 2 * group, head_dim, dtype=dtype), torch.zeros(2, 2 * group)
+    workspace = RaggedWorkspace.allocate(layout, 2 * group, 4, 1024, "cpu")
+    plan_ragged_decode(workspace, layout, tables, rows)
+    state = (torch.zeros_like(q), lse2)
+    ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, out=state, dense=state)
+    observe(tables, 1, rows, seq_lens, q, lse2)
+    merge_states(state, state, state)
+    condense(k, v, layout, tables, req_to_token, rows, torch.zeros(2, 3, dtype=torch.int64))
+    slots = torch.zeros(64, dtype=torch.int32)
+    write_dense_slots(req_to_token, tables, rows, torch.zeros(3, dtype=torch.int32), slots)
+
+
+def main() -> None:
+    """Print what was compiled."""
+    compiler = Compiler(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
+    JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
+    for head_dim, group, dtype in ((128, 4, torch.bfloat16), (64, 3, torch.float16)):
+        call_every_wrapper(head_dim, group, dtype)
+    print("\n".join(compiler.done))
+
+
+if __name__ == "__main__":
+    main()
