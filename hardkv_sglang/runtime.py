@@ -13,7 +13,7 @@ from hardkv_sglang.admission import Admission
 from hardkv_sglang.backends import TieredBackend, install_backend
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SelectReport, SettledCounts
-from hardkv_sglang.lifecycle import LifecyclePlanner, ObserveOp, RequestState, StepPlan
+from hardkv_sglang.lifecycle import LifecyclePlanner, RequestState, StepPlan
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
 from hardkv_sglang.memory_pool.layout import head_pages_needed
 from hardkv_sglang.memory_pool.tables import DeviceTables
@@ -100,14 +100,13 @@ class HardKVRuntime:
     def plan_decode(self, batch: Any) -> None:
         """Plan this step's events and move pages, before SGLang allocates the step's slots."""
         allocator = self._allocator(batch.tree_cache)
-        admitted, views = [], []
+        views = []
         for req in batch.reqs:
             if is_opted_out(compat.custom_params(req)):
                 continue
             state = self.states.get(req.rid)
             if state is None:
                 state = self._admit(req)
-                admitted.append(ObserveOp(state.row, state.observe_from))
             if not req.finished():
                 state.seq_len = compat.committed_len(req)
                 views.append((state, state.seq_len))
@@ -117,7 +116,6 @@ class HardKVRuntime:
         self.statistics.count_rescue(self.relief.is_rescue(views, seq_lens, available))
         with self.statistics.event_time():
             plan = self.planner.plan(views, allocator, self.relief.choose(views, seq_lens, available))
-        plan.observes = admitted + plan.observes
         self.admission.output_length.add_tokens(len(batch.reqs))
         self.statistics.count_plan(plan)
         if plan.freed_pages:
