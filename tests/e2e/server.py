@@ -22,6 +22,8 @@ DEFAULT_FLAGS: Flags = MappingProxyType(
 )
 
 
+# threads that wait for each other at every operation: as soon as anything else runs, one core does more than two
+DEFAULT_ENV = MappingProxyType({"OMP_NUM_THREADS": "1"})
 MAX_RUNNING = 4  # each takes some gigabytes: more would make the machine swap
 
 
@@ -51,7 +53,8 @@ class ServerPool:
     def launch(self, flags: Flags, env: Mapping[str, str]) -> ServerProcess:
         """A server that is neither awaited nor shared; the caller stops it."""
         number = len(list(self._log_folder.iterdir()))
-        return ServerProcess(self._model, {**DEFAULT_FLAGS, **flags}, env, self._log_folder / f"server-{number}.log")
+        log = self._log_folder / f"server-{number}.log"
+        return ServerProcess(self._model, {**DEFAULT_FLAGS, **flags}, {**DEFAULT_ENV, **env}, log)
 
     def _wait_ready(self, server: ServerProcess) -> None:
         try:
