@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from bench.fidelity.configurations import Configuration, full_sweep, quick_sweep
 from bench.fidelity.documents import DOCUMENTS, Document
 from bench.fidelity.needle import plant
-from bench.fidelity.report import write_report
+from bench.fidelity.report import Destination, write_report
 from bench.fidelity.tasks import Text, result_path
 from bench.fidelity.worker import Job, is_wanted, start_workers
 from hardkv_sglang.demo_model import cache_directory, demo_model_path
@@ -37,6 +37,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, metavar="N", help="only the first N documents (default: all)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes, one thread each (default: 2)")
     parser.add_argument("--work", type=Path, help="folder of resumable results (default: in the cache)")
+    parser.add_argument("--results", type=Path, help="folder of the report's tables (default: bench/results)")
     parser.add_argument("--report-only", action="store_true", help="report the results that are there")
     return parser.parse_args(argv)
 
@@ -104,7 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_progress(console, jobs)
     command = shlex.join(["python", "-m", "bench.fidelity", *(sys.argv[1:] if argv is None else argv)])
     run = {"command": command, "seconds": round(time.monotonic() - started)}
-    write_report(console, ROOT, finished(folder, texts, configurations), run, quick=args.quick)
+    results = args.results or ROOT / "bench" / "results"
+    destination = Destination("fidelity", results, ROOT / "docs" / "img")
+    if args.quick:
+        destination = Destination("fidelity_quick", results, None)
+    write_report(console, ROOT, finished(folder, texts, configurations), run, destination)
     return 0
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -126,10 +127,19 @@ def compare_answers(finished: Sequence[Finished]) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where a report goes."""
+
+    name: str  # of the JSON and CSV files
+    results: Path
+    pictures: Path | None  # None: draw nothing
+
+
 def write_report(
-    console: Console, root: Path, finished: Sequence[Finished], run: dict[str, Any], *, quick: bool
+    console: Console, root: Path, finished: Sequence[Finished], run: dict[str, Any], destination: Destination
 ) -> None:
-    """Summarise everything that is finished: terminal, JSON, CSV and (full runs) plots."""
+    """Summarise everything that is finished: terminal, JSON, CSV and plots. root: the repository."""
     plain = [task for task in finished if not task[1].spans]
     points = summarise_all(plain)
     if not points:
@@ -143,16 +153,14 @@ def write_report(
         "ablation_equal_bytes": compare_families(few),
         "needles": compare_answers([task for task in finished if task[1].spans]),
     }
-    name = "fidelity_quick" if quick else "fidelity"
-    folder = root / "bench" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1))
-    write_csv(folder / f"{name}.csv", points)
+    destination.results.mkdir(parents=True, exist_ok=True)
+    (destination.results / f"{destination.name}.json").write_text(json.dumps(report, indent=1))
+    write_csv(destination.results / f"{destination.name}.csv", points)
     console.print(headline_table(points))
-    if not quick:
+    if destination.pictures is not None:
         from bench.fidelity.plots import draw_all
 
-        draw_all(root / "docs" / "img", points, few, plain)
+        draw_all(destination.pictures, points, few, plain)
 
 
 def write_csv(path: Path, points: Sequence[dict[str, Any]]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench.fidelity.__main__ import main
+from bench.fidelity.configurations import quick_sweep
 from bench.fidelity.model import BlockModel
 from bench.fidelity.needle import FACTS, plant
 from bench.fidelity.report import interpolate
@@ -132,3 +135,16 @@ def test_needles_are_planted_and_asked_for() -> None:
         secret = next(secret for name, secret, _ in FACTS if name == span.name)
         assert text[span.start : span.end] == f" {secret}"
         assert text.index(f"code of the {span.name} box is {secret}.") >= 100 + int(span.depth * 300)
+
+
+def test_quick_run_reports_every_configuration(tmp_path: Path) -> None:
+    assert main(["--quick", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "fidelity_quick.json").read_text())
+    points = {point["name"]: point for point in report["configurations"]}
+    assert set(points) == {configuration.name for configuration in quick_sweep()}
+    assert points["exact top_p=1"]["mean_kl"] < 1e-5
+    shipped = points["hardkv shipped"]
+    assert 0 < shipped["mean_kl"] < 0.5
+    assert 0 < shipped["kept"] < 0.6
+    assert shipped["agreement"] > 0.8
+    assert (tmp_path / "fidelity_quick.csv").read_text().count("\n") == 1 + len(points)
