@@ -32,19 +32,24 @@ class CandidateReader:
         self.req_to_token = req_to_token  # [R, max_context_len] int32
         self.policy = policy
 
+    def exist(self, rows: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        """`Lists.valid` of lists with these rows and padding."""
+        return torch.arange(rows.shape[1], device=rows.device)[None, :] >= padding.view(-1, 1)
+
     def candidates(self, op: SelectOp, layers: slice) -> Candidates:
         """Candidates of these layers' lists: condensed tokens, right-aligned, then the sparse span."""
         padding = self.padding(op, layers)
-        rows = self._rows(op, layers, padding)
+        rows = self.rows(op, layers, padding)
         keys = self.k_rows[rows]
-        queries2, lse2 = self._queries(op, layers)
-        B, G, Q, D = queries2.shape
-        logits2 = queries2.view(B, G * Q, D) @ keys.float().transpose(1, 2)
+        queries, lse2 = self.queries(op, layers)
+        B, G, Q, D = queries.shape
+        queries2 = queries.float().view(B, G * Q, D) * self.scale2
+        logits2 = queries2 @ keys.float().transpose(1, 2)
         return Candidates(
             logits2=logits2.view(B, G, Q, -1),
             lse2=lse2,
-            attended=self._attended(op, layers),
-            valid=torch.arange(rows.shape[1], device=rows.device)[None, :] >= padding.view(-1, 1),
+            attended=self.attended(op, layers),
+            valid=self.exist(rows, padding),
             query_valid=torch.ones(Q, dtype=torch.bool, device=rows.device),
             keys=keys if self.policy.needs_keys else None,
             values=self.v_rows[rows] if self.policy.needs_values else None,
@@ -54,8 +59,13 @@ class CandidateReader:
         """Entries before the first condensed token of each list, [l, H] int64."""
         return op.condensed_list_bound - self.tables.num_condensed[layers, op.row].long()
 
-    def _queries(self, op: SelectOp, layers: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Observation queries times scale * log2(e), [B, G, Q, D] float32, and their LSE [B, G, Q]."""
+    @property
+    def scale2(self) -> float:
+        """Softmax scale for logits of base 2."""
+        return self.cfg.softmax_scale * math.log2(math.e)
+
+    def queries(self, op: SelectOp, layers: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Observation queries [B, G, Q, D] and their base-2 LSE [B, G, Q], both contiguous."""
         cfg, tables, H, G = self.cfg, self.tables, self.cfg.layout.num_kv_heads, self.cfg.group_size
         positions = torch.arange(op.first_query, op.seq_len, device=tables.query_ring.device)
         index = positions % cfg.options.query_window
@@ -63,9 +73,9 @@ class CandidateReader:
         Q, D = queries.shape[1], queries.shape[-1]
         queries = queries.view(-1, Q, H, G, D).permute(0, 2, 3, 1, 4).reshape(-1, G, Q, D)
         lse2 = tables.lse2_ring[layers, op.ring_slot][:, index].view(-1, Q, H, G).permute(0, 2, 3, 1).reshape(-1, G, Q)
-        return queries.float() * (cfg.softmax_scale * math.log2(math.e)), lse2
+        return queries, lse2
 
-    def _rows(self, op: SelectOp, layers: slice, padding: torch.Tensor) -> torch.Tensor:
+    def rows(self, op: SelectOp, layers: slice, padding: torch.Tensor) -> torch.Tensor:
         """Storage rows of the candidates, [B, N] int64; arbitrary but valid where padded."""
         layout, tables = self.cfg.layout, self.tables
         device = self.req_to_token.device
@@ -81,7 +91,7 @@ class CandidateReader:
         span = (layer_ids[:, None, None] * layout.num_slots + slots) * layout.num_kv_heads + heads[None, :, None]
         return torch.cat((rows, span), -1).flatten(0, 1)
 
-    def _attended(self, op: SelectOp, layers: slice) -> torch.Tensor:
+    def attended(self, op: SelectOp, layers: slice) -> torch.Tensor:
         """Candidates that the observed queries attended, [B, N] bool; padding counts as attended."""
         tables = self.tables
         old_span = op.old_recent_start - op.condensed_end

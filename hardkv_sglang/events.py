@@ -14,10 +14,8 @@ from hardkv_sglang.lifecycle import CondenseOp, ObserveOp, SelectOp, StepPlan
 from hardkv_sglang.memory_pool.layout import head_pages_needed
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.policies import make_policy
-from hardkv_sglang.selection import Scored, Selection
-
-MAX_LOGITS_PER_CHUNK = 1 << 26  # observation logits held at once while scoring, in elements
-
+from hardkv_sglang.scoring import make_scorer
+from hardkv_sglang.selection import Selection
 
 MASS_UNITS = 1_000_000  # kept mass travels to the host as an integer beside the counts
 
@@ -68,7 +66,7 @@ class EventExecutor:
         self.priors = priors  # [L, H] float32
         self.policy = make_policy(cfg.options, cfg.layout.page_size)
         self.reader = CandidateReader(cfg, tables, k_storage, v_storage, req_to_token, self.policy)
-        self.condense = self._condense_on_gpu if req_to_token.is_cuda else self._condense_reference
+        self.scorer = make_scorer(self.reader)
 
     def run(self, plan: StepPlan) -> list[SelectReport]:
         """Execute a plan; returns one report per select event, readable once the step's results are."""
@@ -84,7 +82,8 @@ class EventExecutor:
     def _condense(self, ops: list[CondenseOp]) -> None:
         page_size = self.cfg.layout.page_size
         pages = [op.slots[::page_size] // page_size for op in ops]
-        self.condense(ops, pages)
+        move = self._condense_on_gpu if self.req_to_token.is_cuda else self._condense_reference
+        move(ops, pages)
         for op in ops:
             # the freed slots may be someone else's from this step on: a stray reader must hit the padding page
             self.req_to_token[op.row, op.start : op.end] = 0
@@ -105,11 +104,8 @@ class EventExecutor:
 
     def _select(self, op: SelectOp) -> SelectReport:
         tables, layout = self.tables, self.cfg.layout
-        step = self._layers_per_chunk(op)
-        chunks = [slice(first, min(first + step, layout.num_layers)) for first in range(0, layout.num_layers, step)]
-        scored = Scored.join([self.policy.score(self.reader.candidates(op, layers)) for layers in chunks])
         temperature = None if op.recalibrate else tables.temperature[:, op.row].flatten()
-        selection = self.policy.choose(scored, temperature)
+        selection = self.policy.choose(self.scorer.score(op), temperature)
         num_kept = self._publish(op, selection)
         head_pages = head_pages_needed(num_kept, layout.page_size).sum(dtype=torch.int32).view(1)
         if self.tp_group is not None:
@@ -117,11 +113,6 @@ class EventExecutor:
         infeasible = selection.infeasible.sum(dtype=torch.int32).view(1)
         mass_units = (selection.kept_mass.mean() * MASS_UNITS).to(torch.int32).view(1)
         return SelectReport(op, self._to_host(torch.cat((head_pages, infeasible, mass_units, num_kept.flatten()))))
-
-    def _layers_per_chunk(self, op: SelectOp) -> int:
-        candidates = op.condensed_list_bound + op.recent_start - op.condensed_end
-        per_layer = self.cfg.num_q_heads * self.cfg.options.query_window * candidates
-        return max(1, MAX_LOGITS_PER_CHUNK // max(1, per_layer))
 
     def _publish(self, op: SelectOp, selection: Selection) -> torch.Tensor:
         """Write the request's tiers: survivors, sparse lists, temperatures; returns kept tokens [L, H] int32."""

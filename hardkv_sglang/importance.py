@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.selection import Candidates, Importance, row_max
+from hardkv_sglang.selection import Candidates, Importance, Lists, normalise, row_max
 
 RKV_OFFSET = 1e-10
 """Added to R-KV scores before the logarithm, as in the papers' code."""
@@ -77,26 +77,26 @@ def _renormalise(mass: torch.Tensor, always: torch.Tensor) -> tuple[torch.Tensor
     return mass / total[..., None], always / total
 
 
-def attention_scores(importance: Importance, candidates: Candidates, options: HardKVConfig) -> torch.Tensor:
+def attention_scores(importance: Importance, lists: Lists, options: HardKVConfig) -> torch.Tensor:
     """The attention mass itself, [B, V, N]."""
-    del candidates, options
+    del lists, options
     return importance.distributions
 
 
-def snapkv_scores(importance: Importance, candidates: Candidates, options: HardKVConfig) -> torch.Tensor:
+def snapkv_scores(importance: Importance, lists: Lists, options: HardKVConfig) -> torch.Tensor:
     """Attention mass, max-pooled over neighbouring candidates of the list, [B, V, N].
 
     SnapKV (arXiv 2404.14469). Pooling is masked again, so padding stays 0. Max-pooling commutes with the
     temperature, so pooling once before calibration is exact.
     """
-    width, size = options.pooling_width, candidates.valid.shape[-1]
+    width, size = options.pooling_width, lists.valid.shape[-1]
     # one window more than candidates, because pooling refuses to return none
     padded = functional.pad(importance.distributions, (width // 2, width // 2 + 1))
     pooled = functional.max_pool1d(padded, width, stride=1)[..., :size]
-    return torch.where(candidates.valid[:, None, :], pooled, 0.0)
+    return torch.where(lists.valid[:, None, :], pooled, 0.0)
 
 
-def output_scores(importance: Importance, candidates: Candidates, options: HardKVConfig) -> torch.Tensor:
+def output_scores(importance: Importance, lists: Lists, options: HardKVConfig) -> torch.Tensor:
     """Expected squared change of the heads' output when a candidate is dropped, [B, 1, N].
 
     Without token j the output o becomes o + P_j / (1 - P_j) (o - v_j): to first order the change is P_j |o - v_j|, and
@@ -104,36 +104,27 @@ def output_scores(importance: Importance, candidates: Candidates, options: HardK
     attention, so a head whose values are all alike loses little by dropping them, however much mass they carry.
     """
     del options
-    if candidates.values is None:
-        raise ValueError("the output metric reads Candidates.values")
-    values = torch.where(candidates.valid[..., None], candidates.values, 0.0).to(importance.mean.dtype)
-    output = _normalise(importance.mean)[:, None] @ values  # [B, 1, D]
-    distance = (values - output).square().sum(-1)
-    return torch.where(candidates.valid, importance.mean_square * distance, 0.0)[:, None]
+    distance = lists.value_distance(importance.mean)
+    return torch.where(lists.valid, importance.mean_square * distance, 0.0)[:, None]
 
 
-def rkv_scores(importance: Importance, candidates: Candidates, options: HardKVConfig) -> torch.Tensor:
+def rkv_scores(importance: Importance, lists: Lists, options: HardKVConfig) -> torch.Tensor:
     """Share of the candidates' attention minus key redundancy, shifted to start at 0, [B, V, N].
 
     R-KV (arXiv 2505.24133): z = lambda * I - (1 - lambda) * R, with I and R distributions over the valid
     candidates; then z - min z, normalised, plus `RKV_OFFSET`.
     """
-    if candidates.keys is None:
-        raise ValueError("the rkv metric reads Candidates.keys")
-    valid = candidates.valid[:, None, :]
-    share = _normalise(importance.distributions)
-    redundancy = key_redundancy(candidates.keys, candidates.valid, options.rkv_similarity).to(share.dtype)
+    if lists.keys is None:
+        raise ValueError("the rkv metric reads Lists.keys")
+    valid = lists.valid[:, None, :]
+    share = normalise(importance.distributions)
+    redundancy = key_redundancy(lists.keys, lists.valid, options.rkv_similarity).to(share.dtype)
     score = options.rkv_lambda * share - (1.0 - options.rkv_lambda) * redundancy[:, None, :]
     lowest = -row_max((-score).masked_fill(~valid, -math.inf), -1.0)
     score = (score - lowest).masked_fill(~valid, 0.0)
     # normalising would blow rounding errors up to a full distribution where all scores are equal
     score = score.masked_fill(score < RKV_RESOLUTION * lowest.abs(), 0.0)
-    return torch.where(valid, _normalise(score) + RKV_OFFSET, 0.0)
-
-
-def _normalise(mass: torch.Tensor) -> torch.Tensor:
-    total = mass.sum(-1, keepdim=True)
-    return mass / torch.where(total > 0, total, 1.0)
+    return torch.where(valid, normalise(score) + RKV_OFFSET, 0.0)
 
 
 def key_redundancy(keys: torch.Tensor, valid: torch.Tensor, similarity: float) -> torch.Tensor:
@@ -151,7 +142,7 @@ def key_redundancy(keys: torch.Tensor, valid: torch.Tensor, similarity: float) -
     column_sum -= _newest_similar(unit, valid, similarity)
     mean = column_sum / valid.sum(-1, keepdim=True).clamp(min=1)
     # means of cosines lie in [-1, 1]: no maximum to subtract
-    return _normalise(torch.where(valid, mean.exp(), 0.0))
+    return normalise(torch.where(valid, mean.exp(), 0.0))
 
 
 def _newest_similar(unit: torch.Tensor, valid: torch.Tensor, similarity: float) -> torch.Tensor:
@@ -183,14 +174,14 @@ def across_distributions(scores: torch.Tensor, importance: Importance) -> torch.
     """
     if scores.shape[1] == 1:
         return scores[:, 0]
-    return (_normalise(scores) * importance.distributions.sum(-1, keepdim=True)).amax(1)
+    return (normalise(scores) * importance.distributions.sum(-1, keepdim=True)).amax(1)
 
 
 @dataclass(frozen=True)
 class Metric:
     """An importance metric: scores >= 0 per distribution and candidate, 0 for padding."""
 
-    score: Callable[[Importance, Candidates, HardKVConfig], torch.Tensor]
+    score: Callable[[Importance, Lists, HardKVConfig], torch.Tensor]
     unit: Literal["probability", "energy", "rank"]
     """What Top-p acts on: the scores themselves, their share of the sum of all, or calibrated scores."""
     needs_keys: bool = False

@@ -20,21 +20,37 @@ ONE = 1 << 48
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Lists:
     """What one event may keep: B lists (every layer and KV head of a request), N candidates each.
 
     Candidates stand in ascending position. Lists are padded on the left, so that the condensed tokens of a
-    short list still touch the sparse span that follows them. Padding and invalid queries may hold anything,
-    NaN included.
+    short list still touch the sparse span that follows them. Padding may hold anything, NaN included.
     """
+
+    valid: torch.Tensor  # [B, N] bool, candidates that exist
+    keys: torch.Tensor | None = None  # [B, N, D] float, for metrics that read keys
+    values: torch.Tensor | None = None  # [B, N, D] float, for metrics that read values
+
+    def value_distance(self, weights: torch.Tensor) -> torch.Tensor:
+        """Squared distance of each value from the list's mean value under `weights` ([B, N] float, 0 for padding).
+
+        Returns [B, N] in the type of `weights`; arbitrary for padding. Raises `ValueError` without values.
+        """
+        if self.values is None:
+            raise ValueError("the output metric reads Lists.values")
+        values = torch.where(self.valid[..., None], self.values, 0.0).to(weights.dtype)
+        mean = normalise(weights)[:, None] @ values  # [B, 1, D]
+        return (values - mean).square().sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates(Lists):
+    """Lists and how the observation queries attended them. Invalid queries may hold anything, NaN included."""
 
     logits2: torch.Tensor  # [B, G, Q, N] float, q.k * scale * log2(e)
     lse2: torch.Tensor  # [B, G, Q] float, base-2 LSE over all tokens that the query attended when decoded
     attended: torch.Tensor  # [B, N] bool, candidates inside that LSE
-    valid: torch.Tensor  # [B, N] bool, candidates that exist
     query_valid: torch.Tensor  # [Q] bool, observation queries that exist
-    keys: torch.Tensor | None = None  # [B, N, D] float, for metrics that read keys
-    values: torch.Tensor | None = None  # [B, N, D] float, for metrics that read values
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,12 @@ def row_max(values: torch.Tensor, least: float) -> torch.Tensor:
     if values.shape[-1] == 0:
         return values.new_full((*values.shape[:-1], 1), least)
     return values.amax(-1, keepdim=True).clamp(min=least)
+
+
+def normalise(mass: torch.Tensor) -> torch.Tensor:
+    """Shares of the last dimension's sum; zeros stay zeros."""
+    total = mass.sum(-1, keepdim=True)
+    return mass / torch.where(total > 0, total, 1.0)
 
 
 def ascending_order(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

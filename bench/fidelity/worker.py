@@ -13,7 +13,7 @@ from bench.fidelity.configurations import Configuration
 from bench.fidelity.model import BlockModel
 from bench.fidelity.scores import Reference
 from bench.fidelity.tasks import Text, result_path, run_task, write_result
-from hardkv_sglang import events
+from hardkv_sglang import scoring
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def run_job(job: Job) -> None:
     """Body of a worker process. One thread: two processes share two cores better than two threads do."""
     torch.set_num_threads(1)
     # the same numbers, layer by layer instead of all at once: two gigabytes less
-    events.MAX_LOGITS_PER_CHUNK = 1 << 22
+    scoring.MAX_ELEMENTS_PER_CHUNK = 1 << 22
     pending = job.pending()
     if not pending:
         return

@@ -6,30 +6,40 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from hardkv_sglang.selection import Candidates, Scored, Selection
+from hardkv_sglang.importance import measure_importance
+from hardkv_sglang.selection import Candidates, Importance, Lists, Scored, Selection
 
 
 class Policy(ABC):
     """A rule that chooses which candidates of an event are kept.
 
-    Scoring sees the lists of some layers at a time, because attention to all candidates is large; choosing sees all
-    lists of the request. No value is read back to the host. The prefix and the recent window are not candidates: no
-    policy can drop them.
+    Scoring measures attention, then rates candidates by it. It sees the lists of some layers at a time, because
+    attention to all candidates is large; choosing sees all lists of the request. No value is read back to the host.
+    The prefix and the recent window are not candidates: no policy can drop them.
     """
 
     @property
     @abstractmethod
     def needs_keys(self) -> bool:
-        """Whether the runtime must fill `Candidates.keys`."""
+        """Whether the runtime must fill `Lists.keys`."""
 
     @property
     @abstractmethod
     def needs_values(self) -> bool:
-        """Whether the runtime must fill `Candidates.values`."""
+        """Whether the runtime must fill `Lists.values`."""
+
+    @property
+    @abstractmethod
+    def reductions(self) -> tuple[str, str]:
+        """How attention is reduced over the query heads of a KV head, and over queries: see `measure_importance`."""
 
     @abstractmethod
+    def rate(self, importance: Importance, lists: Lists) -> Scored:
+        """Score every candidate by its measured importance; lists do not influence each other."""
+
     def score(self, candidates: Candidates) -> Scored:
-        """Score every candidate; lists do not influence each other."""
+        """Measure in torch, then rate."""
+        return self.rate(measure_importance(candidates, *self.reductions), candidates)
 
     @abstractmethod
     def choose(self, scored: Scored, temperature: torch.Tensor | None = None) -> Selection:

@@ -19,12 +19,12 @@ from hardkv_sglang.importance import (
     METRICS,
     Metric,
     across_distributions,
-    measure_importance,
 )
 from hardkv_sglang.policies.base import Policy
 from hardkv_sglang.policies.uniform import UniformPolicy
 from hardkv_sglang.selection import (
-    Candidates,
+    Importance,
+    Lists,
     Scored,
     Selection,
     ascending_order,
@@ -71,11 +71,14 @@ class HardKVPolicy(Policy):
         """See `Policy.needs_values`."""
         return self.metric.needs_values
 
-    def score(self, candidates: Candidates) -> Scored:
-        """See `Policy.score`."""
-        options = self.options
-        importance = measure_importance(candidates, options.group_reduction, options.query_reduction)
-        return Scored(self.metric.score(importance, candidates, options), importance, candidates.valid)
+    @property
+    def reductions(self) -> tuple[str, str]:
+        """See `Policy.reductions`."""
+        return self.options.group_reduction, self.options.query_reduction
+
+    def rate(self, importance: Importance, lists: Lists) -> Scored:
+        """See `Policy.rate`."""
+        return Scored(self.metric.score(importance, lists, self.options), importance, lists.valid)
 
     def choose(self, scored: Scored, temperature: torch.Tensor | None = None) -> Selection:
         """See `Policy.choose`."""

@@ -8,9 +8,8 @@ import torch
 
 from hardkv_sglang.calibration import uncalibrated
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.importance import measure_importance
 from hardkv_sglang.policies.base import Policy
-from hardkv_sglang.selection import Candidates, Scored, Selection, mass_kept
+from hardkv_sglang.selection import Importance, Lists, Scored, Selection, mass_kept
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,14 @@ class StreamingPolicy(Policy):
         """See `Policy.needs_values`."""
         return False
 
-    def score(self, candidates: Candidates) -> Scored:
-        """See `Policy.score`."""
-        importance = measure_importance(candidates, "mean", "mean")
-        return Scored(importance.distributions, importance, candidates.valid)
+    @property
+    def reductions(self) -> tuple[str, str]:
+        """See `Policy.reductions`."""
+        return "mean", "mean"
+
+    def rate(self, importance: Importance, lists: Lists) -> Scored:
+        """See `Policy.rate`."""
+        return Scored(importance.distributions, importance, lists.valid)
 
     def choose(self, scored: Scored, temperature: torch.Tensor | None = None) -> Selection:
         """See `Policy.choose`; there is nothing to calibrate."""

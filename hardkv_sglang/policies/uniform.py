@@ -8,9 +8,9 @@ import torch
 
 from hardkv_sglang.calibration import uncalibrated
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.importance import METRICS, across_distributions, measure_importance
+from hardkv_sglang.importance import METRICS, across_distributions
 from hardkv_sglang.policies.base import Policy
-from hardkv_sglang.selection import Candidates, Scored, Selection, bound_counts, mass_kept
+from hardkv_sglang.selection import Importance, Lists, Scored, Selection, bound_counts, mass_kept
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,14 @@ class UniformPolicy(Policy):
         """See `Policy.needs_values`."""
         return METRICS[self.metric].needs_values
 
-    def score(self, candidates: Candidates) -> Scored:
-        """See `Policy.score`."""
-        options = self.options
-        importance = measure_importance(candidates, options.group_reduction, options.query_reduction)
-        return Scored(METRICS[self.metric].score(importance, candidates, options), importance, candidates.valid)
+    @property
+    def reductions(self) -> tuple[str, str]:
+        """See `Policy.reductions`."""
+        return self.options.group_reduction, self.options.query_reduction
+
+    def rate(self, importance: Importance, lists: Lists) -> Scored:
+        """See `Policy.rate`."""
+        return Scored(METRICS[self.metric].score(importance, lists, self.options), importance, lists.valid)
 
     def choose(self, scored: Scored, temperature: torch.Tensor | None = None) -> Selection:
         """See `Policy.choose`; there is nothing to calibrate."""

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.kernels.condense import condense
 from hardkv_sglang.kernels.dense_slots import write_dense_slots
+from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
 from hardkv_sglang.kernels.merge import merge_states
 from hardkv_sglang.kernels.observe import observe
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
@@ -52,7 +53,7 @@ class Compiler:
                 signature[parameter.name] = TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         binary = triton.compile(source, target=self.target, options=options)
-        self.done.append(f"{kernel.__name__}: {len(binary.asm['cubin'])} bytes")
+        self.done.append(f"{kernel.__name__}: {len(binary.asm['cubin'])} bytes, {binary.metadata.shared} bytes shared")
 
 
 def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
@@ -71,6 +72,17 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     observe(tables, 1, rows, seq_lens, q, lse2)
     merge_states(state, state, state)
     condense(k, v, layout, tables, req_to_token, rows, torch.zeros(2, 3, dtype=torch.int64))
+    rows_of = torch.zeros(4, 100, dtype=torch.int64)
+    lists = PooledLists(
+        valid=rows_of == 0,
+        k_rows=k.view(-1, head_dim),
+        v_rows=v.view(-1, head_dim),
+        rows=rows_of,
+        padding=rows_of[0, :4].int(),
+    )
+    queries = torch.zeros(4, 16 * group, head_dim, dtype=dtype)
+    importance = measure_pooled(lists, lists.valid, queries, torch.zeros(4, 16 * group), 0.1)
+    lists.value_distance(importance.mean)
     slots = torch.zeros(64, dtype=torch.int32)
     write_dense_slots(req_to_token, tables, rows, torch.zeros(3, dtype=torch.int32), slots)
 

@@ -50,7 +50,8 @@ def make_candidates(
     keys, values = (torch.where(valid[..., None], x, math.nan) for x in (keys, values))
     attended = attended | ~valid & (torch.rand(B, N, generator=g) < 0.5)
     floats = [x.to(dtype) for x in (logits2, lse2, keys, values)]
-    return Candidates(*floats[:2], attended, valid, query_valid, *floats[2:])
+    names = ("logits2", "lse2", "keys", "values")
+    return Candidates(attended=attended, valid=valid, query_valid=query_valid, **dict(zip(names, floats, strict=True)))
 
 
 @st.composite

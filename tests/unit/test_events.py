@@ -18,6 +18,8 @@ from hardkv_sglang.kernels import reference
 from hardkv_sglang.lifecycle import LifecyclePlanner, RequestState, SelectOp
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.scoring import PooledScorer, TorchScorer
+from hardkv_sglang.selection import Scored
 
 L, H, G, D, PAGE, ROW = 2, 2, 3, 16, 32, 1
 SCALE = D**-0.5
@@ -185,6 +187,26 @@ def test_every_policy_runs_through_the_pool(options: dict[str, object]) -> None:
     assert simulation.condenses >= 1
     if "max_tokens" in options:
         assert max(state.kept_counts) <= 32
+
+
+class CheckedScorer(PooledScorer):
+    """Scores in the pool and compares with the definition."""
+
+    def score_layers(self, op: SelectOp, layers: slice) -> Scored:
+        pooled, defined = super().score_layers(op, layers), TorchScorer(self.reader).score_layers(op, layers)
+        assert torch.equal(pooled.valid, defined.valid)
+        torch.testing.assert_close(pooled.importance.mean, defined.importance.mean, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(pooled.scores, defined.scores, rtol=1e-3, atol=1e-6)
+        return pooled
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "rkv"}, {"metric": "snapkv"}, {"policy": "streaming"}], ids=str)
+def test_scoring_in_the_pool_agrees_with_the_definition(options: dict[str, object]) -> None:
+    simulation = Simulation(OPTIONS.with_options(top_p=0.8, **options))
+    simulation.executor.scorer = CheckedScorer(simulation.executor.reader)
+    simulation.run(33, 230)
+    assert simulation.selects >= 4
+    assert simulation.condenses >= 2
 
 
 def test_p_one_attends_everything() -> None:

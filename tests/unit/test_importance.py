@@ -21,7 +21,7 @@ from hardkv_sglang.importance import (
     rkv_scores,
     snapkv_scores,
 )
-from hardkv_sglang.selection import Candidates
+from hardkv_sglang.selection import Candidates, Lists
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
@@ -152,10 +152,8 @@ def test_snapkv_scores_equal_oracle(width, candidates):
 def test_snapkv_pooling_does_not_leak_into_padding():
     mass = torch.tensor([[[0.0, 0.0, 0.0, 0.7, 0.1]]])
     valid = torch.tensor([[False, False, False, True, True]])
-    candidates = Candidates(mass[:, None], mass[..., 0], valid, valid, torch.ones(1, dtype=torch.bool))
-    scores = snapkv_scores(
-        Importance(mass, mass[:, 0], mass[:, 0].square(), torch.tensor(True)), candidates, HardKVConfig()
-    )
+    importance = Importance(mass, mass[:, 0], mass[:, 0].square(), torch.tensor(True))
+    scores = snapkv_scores(importance, Lists(valid), HardKVConfig())
     assert scores.flatten().tolist() == pytest.approx([0, 0, 0, 0.7, 0.7])
 
 

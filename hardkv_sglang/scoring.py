@@ -1,0 +1,81 @@
+"""Scores of a select event: in torch, or in the pool by kernels that keep no logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from hardkv_sglang.candidates import CandidateReader
+from hardkv_sglang.lifecycle import SelectOp
+from hardkv_sglang.selection import Scored
+
+MAX_ELEMENTS_PER_CHUNK = 1 << 26  # of the largest tensor while scoring: layers are scored together up to that size
+
+
+@dataclass(frozen=True)
+class Scorer(ABC):
+    """Scores every list of a request, some layers at a time."""
+
+    reader: CandidateReader
+
+    @abstractmethod
+    def score_layers(self, op: SelectOp, layers: slice) -> Scored:
+        """Score the lists of some layers."""
+
+    @abstractmethod
+    def elements_per_token(self) -> int:
+        """Size of a layer's largest temporary tensor per candidate position."""
+
+    def score(self, op: SelectOp) -> Scored:
+        """Score all lists, in the order of the tables: layer, then KV head. No sync."""
+        num_layers = self.reader.cfg.layout.num_layers
+        num_tokens = op.condensed_list_bound + op.recent_start - op.condensed_end
+        step = max(1, MAX_ELEMENTS_PER_CHUNK // max(1, num_tokens * self.elements_per_token()))
+        chunks = [slice(first, min(first + step, num_layers)) for first in range(0, num_layers, step)]
+        return Scored.join([self.score_layers(op, layers) for layers in chunks])
+
+
+class TorchScorer(Scorer):
+    """The definition: attention logits of all observation queries in memory."""
+
+    def elements_per_token(self) -> int:
+        """Logits."""
+        return self.reader.cfg.num_q_heads * self.reader.cfg.options.query_window
+
+    def score_layers(self, op: SelectOp, layers: slice) -> Scored:
+        """See `Scorer.score_layers`."""
+        return self.reader.policy.score(self.reader.candidates(op, layers))
+
+
+class PooledScorer(Scorer):
+    """The same for policies that reduce attention by its mean, on a GPU; equal up to rounding."""
+
+    def elements_per_token(self) -> int:
+        """Keys, where the policy reads them, or storage rows."""
+        layout, policy = self.reader.cfg.layout, self.reader.policy
+        return layout.num_kv_heads * (layout.head_dim if policy.needs_keys else 1)
+
+    def score_layers(self, op: SelectOp, layers: slice) -> Scored:
+        """See `Scorer.score_layers`."""
+        from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
+
+        reader = self.reader
+        padding = reader.padding(op, layers)
+        rows = reader.rows(op, layers, padding)
+        lists = PooledLists(
+            valid=reader.exist(rows, padding),
+            keys=reader.k_rows[rows] if reader.policy.needs_keys else None,
+            k_rows=reader.k_rows,
+            v_rows=reader.v_rows,
+            rows=rows,
+            padding=padding.flatten().int(),
+        )
+        queries, lse2 = (x.flatten(1, 2) for x in reader.queries(op, layers))
+        importance = measure_pooled(lists, reader.attended(op, layers), queries, lse2, reader.scale2)
+        return reader.policy.rate(importance, lists)
+
+
+def make_scorer(reader: CandidateReader) -> Scorer:
+    """The fastest scorer for the policy and the device of the pool."""
+    in_pool = reader.k_rows.is_cuda and reader.policy.reductions == ("mean", "mean")
+    return PooledScorer(reader) if in_pool else TorchScorer(reader)
