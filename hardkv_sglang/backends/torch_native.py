@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.kernels import reference
+from hardkv_sglang.kernels.cpu_attend import attend
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
 
@@ -21,6 +22,7 @@ class DecodeRow:
     row: int
     seq_len: int
     slots: torch.Tensor | None  # dense-tier slots of a compressed request; None where stock attention serves
+    ragged: list[tuple[torch.Tensor, torch.Tensor]]  # its `ragged_rows` by layer
     ring_slot: int  # where its query and LSE go in the observation ring; -1: nowhere
 
     @property
@@ -54,9 +56,11 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         tables, req_to_token = self.hardkv_tables, self.req_to_token_pool.req_to_token
         self.hardkv_rows = []
         for row, seq_len in zip(forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), strict=True):
-            compressed = int(tables.recent_start[row]) > 0
-            slots = reference.dense_slots(req_to_token, tables, row, seq_len) if compressed else None
-            self.hardkv_rows.append(DecodeRow(row, seq_len, slots, int(tables.ring_slot[row])))
+            slots, ragged = None, []
+            if int(tables.recent_start[row]) > 0:
+                slots = reference.dense_slots(req_to_token, tables, row, seq_len)
+                ragged = reference.ragged_rows_by_layer(self.hardkv_cfg.layout, tables, req_to_token, row)
+            self.hardkv_rows.append(DecodeRow(row, seq_len, slots, ragged, int(tables.ring_slot[row])))
 
     def forward_decode(
         self,
@@ -101,12 +105,10 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         req_to_token = self.req_to_token_pool.req_to_token
         slots = req_to_token[request.row, : request.seq_len] if request.slots is None else request.slots
         k_buffer, v_buffer = pool.get_kv_buffer(layer.layer_id)
-        state = reference.dense_decode(q, k_buffer, v_buffer, slots, layer.scaling)
+        state = reference.dense_decode(q, k_buffer, v_buffer, slots, layer.scaling, attend)
         if request.slots is not None:
-            ragged = reference.ragged_decode(
-                q, pool.k_storage, pool.v_storage, self.hardkv_cfg.layout, tables, req_to_token,
-                layer.layer_id, request.row, layer.scaling,
-            )  # fmt: skip
+            rows, counts = request.ragged[layer.layer_id]
+            ragged = reference.attend_rows(q, pool.k_storage, pool.v_storage, rows, counts, layer.scaling, attend)
             state = reference.merge_states(state, ragged)
             o.copy_(state[0])
         if request.is_observed:

@@ -6,6 +6,7 @@ Computes in the dtype of its inputs, float32 at least: pass float64 tensors for 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -39,6 +40,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: torch.Tens
     return o.view(-1, D), lse2.reshape(-1)
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], State]
+"""`attend`, or an implementation of it."""
+
+
 def merge_states(a: State, b: State) -> State:
     """Join two attention states over disjoint token sets by sum of exponentials.
 
@@ -63,7 +68,12 @@ def dense_slots(req_to_token: torch.Tensor, tables: DeviceTables, row: int, seq_
 
 
 def dense_decode(
-    q: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor, slots: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    attend: Attend = attend,
 ) -> State:
     """Attention of one query token over its dense tier.
 
@@ -83,21 +93,38 @@ def ragged_rows(
     Returns rows [H, N] int64 (list h in its first `counts[h]` entries, condensed before sparse, ascending
     positions; the rest is row 0 of the storage) and counts [H] int64.
     """
-    num_condensed = tables.num_condensed[layer, row].long()
-    num_sparse = tables.num_sparse[layer, row].long()
-    counts = num_condensed + num_sparse
-    index = torch.arange(int(counts.max()), device=counts.device)[None, :].expand(layout.num_kv_heads, -1)
+    rows, counts = _ragged_rows(layout, tables, req_to_token, slice(layer, layer + 1), row)
+    return rows[0], counts[0]
+
+
+def ragged_rows_by_layer(
+    layout: PoolLayout, tables: DeviceTables, req_to_token: torch.Tensor, row: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`ragged_rows` of every layer, in a few operations for all of them."""
+    rows, counts = _ragged_rows(layout, tables, req_to_token, slice(None), row)
+    longest = counts.amax(1).tolist()
+    return [(rows[layer, :, :size], counts[layer]) for layer, size in enumerate(longest)]
+
+
+def _ragged_rows(
+    layout: PoolLayout, tables: DeviceTables, req_to_token: torch.Tensor, layers: slice, row: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [l, H, N] and counts [l, H] of some layers, N being the longest list."""
+    num_condensed = tables.num_condensed[layers, row].long()[..., None]  # [l, H, 1]
+    counts = num_condensed + tables.num_sparse[layers, row].long()[..., None]
+    index = torch.arange(int(counts.max()), device=counts.device).expand(*counts.shape[:2], -1)
     condensed = layout.condensed_rows(
-        tables.condensed_pages[row], tables.first_page[layer, row][:, None].expand_as(index), index
+        tables.condensed_pages[row], tables.first_page[layers, row][..., None].expand_as(index), index
     )
     span = tables.sparse_positions.shape[-1]
-    sparse_index = (index - num_condensed[:, None]).clamp(0, span - 1)
-    positions = tables.sparse_positions[layer, row].long().gather(1, sparse_index)
+    sparse_index = (index - num_condensed).clamp(0, span - 1)
+    positions = tables.sparse_positions[layers, row].long().gather(2, sparse_index)
     heads = torch.arange(layout.num_kv_heads, device=counts.device)[:, None]
+    layer_ids = torch.arange(layout.num_layers, device=counts.device)[layers, None, None]
     slots = req_to_token[row].long()[positions]
-    sparse = (layer * layout.num_slots + slots) * layout.num_kv_heads + heads
-    rows = torch.where(index < num_condensed[:, None], condensed, sparse)
-    return torch.where(index < counts[:, None], rows, 0), counts
+    sparse = (layer_ids * layout.num_slots + slots) * layout.num_kv_heads + heads
+    rows = torch.where(index < num_condensed, condensed, sparse)
+    return torch.where(index < counts, rows, 0), counts[..., 0]
 
 
 def ragged_decode(
@@ -116,6 +143,19 @@ def ragged_decode(
     q: [HQ, D]; k_storage, v_storage: [L, S, H, D], the whole pool.
     """
     rows, counts = ragged_rows(layout, tables, req_to_token, layer, row)
-    size = (*rows.shape, layout.head_dim)
-    k, v = (s.view(-1, layout.head_dim).index_select(0, rows.flatten()).view(size) for s in (k_storage, v_storage))
+    return attend_rows(q, k_storage, v_storage, rows, counts, scale)
+
+
+def attend_rows(
+    q: torch.Tensor,
+    k_storage: torch.Tensor,
+    v_storage: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    scale: float,
+    attend: Attend = attend,
+) -> State:
+    """`attend` over the rows [H, N] and counts [H] of `ragged_rows`."""
+    D = q.shape[-1]
+    k, v = (s.view(-1, D).index_select(0, rows.flatten()).view(*rows.shape, D) for s in (k_storage, v_storage))
     return attend(q, k, v, counts, scale)
