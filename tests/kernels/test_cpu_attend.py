@@ -10,7 +10,7 @@ import torch
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.cpu_attend import attend
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-6}
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [0, 1], [31, 32], [33, 700], [1, 1]], ids=str)
