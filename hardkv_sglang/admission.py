@@ -9,9 +9,10 @@ from typing import Any
 from hardkv_sglang import compat
 from hardkv_sglang.expectation import OutputLength
 from hardkv_sglang.forecast import Outlook, UsageForecast
-from hardkv_sglang.lifecycle import LifecyclePlanner, RequestState
+from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.overrides import is_opted_out
 from hardkv_sglang.relief import PressureRelief
+from hardkv_sglang.request_state import RequestState
 
 
 class Admission:

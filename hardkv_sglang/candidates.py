@@ -7,10 +7,10 @@ import math
 import torch
 
 from hardkv_sglang.config import ResolvedConfig
-from hardkv_sglang.lifecycle import SelectOp
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.policies.base import Policy
 from hardkv_sglang.selection import Candidates
+from hardkv_sglang.step_plan import SelectOp
 
 
 class CandidateReader:
@@ -71,9 +71,9 @@ class CandidateReader:
         index = positions % cfg.options.query_window
         queries = tables.query_ring[layers, op.ring_slot][:, index]  # [l, Q, HQ, D]
         Q, D = queries.shape[1], queries.shape[-1]
-        queries = queries.view(-1, Q, H, G, D).permute(0, 2, 3, 1, 4).reshape(-1, G, Q, D)
-        lse2 = tables.lse2_ring[layers, op.ring_slot][:, index].view(-1, Q, H, G).permute(0, 2, 3, 1).reshape(-1, G, Q)
-        return queries, lse2
+        queries = queries.view(-1, Q, H, G, D).permute(0, 2, 3, 1, 4).contiguous().view(-1, G, Q, D)
+        lse2 = tables.lse2_ring[layers, op.ring_slot][:, index].view(-1, Q, H, G)
+        return queries, lse2.permute(0, 2, 3, 1).contiguous().view(-1, G, Q)
 
     def rows(self, op: SelectOp, layers: slice, padding: torch.Tensor) -> torch.Tensor:
         """Storage rows of the candidates, [B, N] int64; arbitrary but valid where padded."""

@@ -10,12 +10,12 @@ import torch
 from hardkv_sglang.candidates import CandidateReader
 from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.kernels import reference_condense
-from hardkv_sglang.lifecycle import CondenseOp, ObserveOp, SelectOp, StepPlan
 from hardkv_sglang.memory_pool.layout import head_pages_needed
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.policies import make_policy
 from hardkv_sglang.scoring import make_scorer
 from hardkv_sglang.selection import Selection
+from hardkv_sglang.step_plan import CondenseOp, ObserveOp, SelectOp, StepPlan
 
 MASS_UNITS = 1_000_000  # kept mass travels to the host as an integer beside the counts
 

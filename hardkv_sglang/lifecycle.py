@@ -1,14 +1,4 @@
-"""Which tokens of a request are in which tier, and when they move: host bookkeeping only.
-
-A request's tokens, as half-open position ranges; every bound but the last is a multiple of the page size:
-
-    range                  tier       dense slots   freed by
-    [0, prefix_end)        dense      live          the radix tree, which owns and shares the prompt's pages
-    [prefix_end,
-     condensed_end)        condensed  freed         (survivors sit in the request's condensed pages)
-    [condensed_end,
-     recent_start)         sparse     live          condense event, or release
-    [recent_start, len)    recent     live          release
+"""When tokens move from tier to tier (`request_state.py`): host bookkeeping only.
 
 Decisions depend on token counts and on page counts that are equal on every tensor-parallel rank, so that all
 ranks take the same ones.
@@ -16,13 +6,14 @@ ranks take the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.expectation import KeptShare
+from hardkv_sglang.request_state import RequestState, View
 from hardkv_sglang.schedule import COUNT_DELAY, EventSchedule
+from hardkv_sglang.step_plan import NO_EARLY_EVENTS, CondenseOp, EarlyEvents, ObserveOp, SelectOp, StepPlan
 
 
 class PageAllocator(Protocol):
@@ -36,116 +27,6 @@ class PageAllocator(Protocol):
 
     def free_row(self, row: int, start: int, end: int) -> None:
         """Return the token pages behind positions `[start, end)` of a row; `start` is a page boundary."""
-
-
-@dataclass
-class RequestState:
-    """Tiers of one running request. Owned by the scheduler thread."""
-
-    row: int
-    prefix_end: int
-    condensed_end: int
-    recent_start: int
-    decode_start: int  # position of the first decoded token: queries before it were never observed
-    observe_from: int  # first position whose query counts for the next select event, or is to
-    ring_slot: int | None = None  # where its queries are recorded; None while they are not
-    condensed_slots: Any = None
-    num_condensed_pages: int = 0
-    num_selects: int = 0
-    num_condenses: int = 0
-    selected_at: int = 0  # sequence length at the last select event
-    survivor_pages: int | None = None  # token pages that the selected survivors need; None while unknown
-    longest_list: int = 0  # tokens in the longest condensed list after the next condense event
-    condensed_list_bound: int = 0  # tokens in the longest condensed list now
-    released: bool = False
-    seq_len: int = 0  # tokens with KV at the last planned step
-    early_pages: int = 0  # token pages that early events gave back and no event on schedule has made up for
-    kept_counts: list[int] = field(default_factory=list)  # per (layer, KV head), from the last select event
-
-    @property
-    def is_compressed(self) -> bool:
-        """Whether any event ran: from then on new KV is approximate and must not enter the radix tree."""
-        return self.num_selects > 0
-
-    @property
-    def sparse_span(self) -> int:
-        """Positions in the sparse tier, kept or not."""
-        return self.recent_start - self.condensed_end
-
-
-@dataclass(frozen=True)
-class ObserveOp:
-    """Record the queries of a row in a ring slot, from this step on."""
-
-    row: int
-    ring_slot: int
-
-
-@dataclass(frozen=True)
-class SelectOp:
-    """Score condensed tokens and `[condensed_end, recent_start)`, then publish what is kept."""
-
-    state: RequestState
-    row: int
-    prefix_end: int
-    condensed_end: int
-    old_recent_start: int  # end of the sparse tier while the queries were observed
-    recent_start: int  # end of the sparse tier from now on
-    first_query: int  # positions of the observation queries: [first_query, seq_len)
-    seq_len: int
-    condensed_list_bound: int
-    recalibrate: bool
-    ring_slot: int
-
-
-@dataclass(frozen=True)
-class CondenseOp:
-    """Copy the selected survivors into `slots` and forget the dense slots of `[start, end)`."""
-
-    state: RequestState
-    row: int
-    slots: Any
-    start: int
-    end: int
-
-
-View = tuple[RequestState, int]
-"""A running request and its tokens with KV written or in flight."""
-
-
-@dataclass(frozen=True)
-class EarlyEvents:
-    """What to do before it is due, because the pool runs low."""
-
-    hurry: bool = False  # run as many events in one step as allowed, instead of spreading them
-    events: Sequence[View] = ()  # condense if that gives a page back, else select
-    observes: Sequence[View] = ()  # record queries from this step on
-
-
-NO_EARLY_EVENTS = EarlyEvents()
-
-
-@dataclass
-class StepPlan:
-    """Device work of one decode step, in the order in which it runs."""
-
-    observes: list[ObserveOp] = field(default_factory=list)
-    condenses: list[CondenseOp] = field(default_factory=list)
-    selects: list[SelectOp] = field(default_factory=list)
-    freed_pages: int = 0
-    allocated_pages: int = 0
-    postponed: int = 0  # condense events that the pool could not serve
-    early: int = 0  # events among the above that were not due
-
-    @property
-    def num_events(self) -> int:
-        """Requests that have an event in this step."""
-        return len(self.selects) + len(self.condenses)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the step runs no device work of ours."""
-        return not (self.observes or self.condenses or self.selects)
 
 
 class LifecyclePlanner:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hardkv_sglang.lifecycle import RequestState
+from hardkv_sglang.request_state import RequestState
 
 
 @dataclass(frozen=True)

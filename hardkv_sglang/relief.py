@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
-from hardkv_sglang.lifecycle import NO_EARLY_EVENTS, EarlyEvents, LifecyclePlanner, RequestState, View
+from hardkv_sglang.lifecycle import LifecyclePlanner
+from hardkv_sglang.request_state import RequestState, View
 from hardkv_sglang.schedule import COUNT_DELAY
+from hardkv_sglang.step_plan import NO_EARLY_EVENTS, EarlyEvents
 
 WORTHWHILE_PAGES = 1  # least net gain of an early event
 

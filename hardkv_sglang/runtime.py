@@ -10,18 +10,20 @@ import torch
 
 from hardkv_sglang import compat
 from hardkv_sglang.admission import Admission
+from hardkv_sglang.audit import Audit
 from hardkv_sglang.backends import TieredBackend, install_backend
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SelectReport, SettledCounts
-from hardkv_sglang.lifecycle import LifecyclePlanner, RequestState, StepPlan
-from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
-from hardkv_sglang.memory_pool.layout import head_pages_needed
+from hardkv_sglang.lifecycle import LifecyclePlanner
+from hardkv_sglang.memory_pool.integrity import IntegrityError
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.occupancy import Occupancy
 from hardkv_sglang.overrides import is_opted_out
 from hardkv_sglang.priors import check_options, load_priors
 from hardkv_sglang.relief import PressureRelief
+from hardkv_sglang.request_state import RequestState
 from hardkv_sglang.statistics import RequestReport, Statistics
+from hardkv_sglang.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from hardkv_sglang.metrics import HardKVMetrics
@@ -36,6 +38,7 @@ class HardKVRuntime:
     tables: DeviceTables
     planner: LifecyclePlanner
     executor: EventExecutor
+    audit: Audit
     relief: PressureRelief
     admission: Admission
     backend: TieredBackend
@@ -74,6 +77,7 @@ class HardKVRuntime:
             compat.tensor_parallel_group(),
             self._priors(model_runner),
         )
+        self.audit = Audit(self.cfg, self.tables, self.states, req_to_token, self.executor.tp_group is not None)
         self.backend = install_backend(model_runner, self.cfg, self.tables)
         logger.info(
             "HARD-KV: %s, %d rows, tables %.2f GB beside the pool; CUDA graphs for up to %d requests, "
@@ -205,46 +209,8 @@ class HardKVRuntime:
         self.idle_check_due = False
 
     def check_integrity(self, reqs: list[Any], tree_cache: Any) -> None:
-        """Prove that every token page has exactly one owner. Synchronises; for idle time and strict mode.
-
-        Raises `IntegrityError`.
-        """
-        page_size = self.cfg.layout.page_size
-        allocator = tree_cache.token_to_kv_pool_allocator
-        owners = {
-            "free": torch.cat((allocator.free_pages, allocator.release_pages)),
-            "radix tree": compat.tree_slots(tree_cache)[::page_size] // page_size,
-        }
-        for req in reqs:
-            if not compat.holds_kv(req):
-                continue
-            row = self.executor.req_to_token[compat.row_of(req)]
-            state = self.states.get(req.rid)
-            start, end = compat.protected_len(req), compat.allocated_len(req)
-            if state is None or not state.is_compressed:
-                owners[f"request {req.rid}"] = row[start:end:page_size] // page_size
-                continue
-            own_prefix = row[start : state.prefix_end : page_size]
-            dense = row[state.condensed_end : end : page_size]
-            owners[f"request {req.rid}"] = torch.cat((own_prefix, dense)) // page_size
-            if state.num_condensed_pages:
-                owners[f"condensed {req.rid}"] = state.condensed_slots[::page_size] // page_size
-                self._check_tables(state)
-        check_ownership(owners, self.cfg.layout.num_slots // page_size - 1)
-
-    def _check_tables(self, state: RequestState) -> None:
-        layout, tables = self.cfg.layout, self.tables
-        counts = tables.num_condensed[:, state.row]
-        head_pages = int(head_pages_needed(counts, layout.page_size).sum())
-        held = state.num_condensed_pages
-        # the maximum over the tensor-parallel ranks decides, so a rank may hold pages that it does not need
-        if head_pages > held * layout.columns or (
-            self.executor.tp_group is None and head_pages <= (held - 1) * layout.columns
-        ):
-            raise IntegrityError(f"row {state.row} holds {held} condensed pages for {head_pages} head pages")
-        listed = tables.condensed_pages[state.row, :held].long().cpu()
-        if not torch.equal(listed, state.condensed_slots[:: layout.page_size].cpu() // layout.page_size):
-            raise IntegrityError(f"row {state.row}: the device table names other condensed pages than the host")
+        """See `Audit.check`."""
+        self.audit.check(reqs, tree_cache)
 
     def start_metrics(self, labels: Mapping[str, Any]) -> None:
         """Export Prometheus series with these labels from now on."""

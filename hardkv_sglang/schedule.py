@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import ceil
-from typing import TYPE_CHECKING
 
 from hardkv_sglang.config import ResolvedConfig
-
-if TYPE_CHECKING:
-    from hardkv_sglang.lifecycle import RequestState, View
+from hardkv_sglang.request_state import RequestState, View
 
 COUNT_DELAY = 2  # steps until a select event's counts are on the host, with or without the overlap scheduler
 

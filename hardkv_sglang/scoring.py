@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from hardkv_sglang.candidates import CandidateReader
-from hardkv_sglang.lifecycle import SelectOp
 from hardkv_sglang.selection import Scored
+from hardkv_sglang.step_plan import SelectOp
 
 MAX_ELEMENTS_PER_CHUNK = 1 << 26  # of the largest tensor while scoring: layers are scored together up to that size
 

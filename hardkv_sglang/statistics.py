@@ -10,7 +10,8 @@ from statistics import mean, quantiles
 from time import perf_counter
 from typing import Any
 
-from hardkv_sglang.lifecycle import RequestState, StepPlan
+from hardkv_sglang.request_state import RequestState
+from hardkv_sglang.step_plan import StepPlan
 
 REPORTS_KEPT = 64
 HIDDEN = ("reports", "kept_mass_sum", "is_rescued")  # fields that /server_info derives others from

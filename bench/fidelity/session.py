@@ -17,9 +17,11 @@ from bench.fidelity.pool import ROW, PagePool
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SettledCounts
 from hardkv_sglang.kernels.reference import State, dense_slots, ragged_rows
-from hardkv_sglang.lifecycle import LifecyclePlanner, RequestState, StepPlan
+from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.request_state import RequestState
+from hardkv_sglang.step_plan import StepPlan
 
 PAGE_SIZE = 32
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hardkv_sglang.lifecycle import RequestState
 from hardkv_sglang.memory_pool.integrity import check_ownership
+from hardkv_sglang.request_state import RequestState
 
 PAGE = 32
 

@@ -12,10 +12,12 @@ from unit.page_pool import PAGE, PagePool
 
 from hardkv_sglang.admission import Admission
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
-from hardkv_sglang.lifecycle import LifecyclePlanner, RequestState, SelectOp, View
+from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.relief import PressureRelief
+from hardkv_sglang.request_state import RequestState, View
 from hardkv_sglang.statistics import Statistics
+from hardkv_sglang.step_plan import SelectOp
 
 KeptTokens = Callable[[random.Random, int], int]
 """Tokens that a list of so many aged tokens keeps."""

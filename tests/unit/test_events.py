@@ -15,11 +15,13 @@ import torch
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SettledCounts
 from hardkv_sglang.kernels import reference
-from hardkv_sglang.lifecycle import LifecyclePlanner, RequestState, SelectOp
+from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.request_state import RequestState
 from hardkv_sglang.scoring import PooledScorer, TorchScorer
 from hardkv_sglang.selection import Scored
+from hardkv_sglang.step_plan import SelectOp
 
 L, H, G, D, PAGE, ROW = 2, 2, 3, 16, 32, 1
 SCALE = D**-0.5

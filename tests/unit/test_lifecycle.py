@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from unit.page_pool import PAGE, PagePool
 
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
-from hardkv_sglang.lifecycle import EarlyEvents, LifecyclePlanner, ObserveOp, RequestState
+from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.request_state import RequestState
 from hardkv_sglang.schedule import COUNT_DELAY
+from hardkv_sglang.step_plan import EarlyEvents, ObserveOp
 
 OPTIONS = HardKVConfig(
     recent_tokens=32, query_window=16, select_interval=32, condense_interval=64, max_events_per_step=2, min_tokens=8

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from test_lifecycle import PAGE, PagePool, make_planner, start
 
-from hardkv_sglang.lifecycle import COUNT_DELAY, RequestState
 from hardkv_sglang.occupancy import Occupancy
+from hardkv_sglang.request_state import RequestState
+from hardkv_sglang.schedule import COUNT_DELAY
 
 
 def owned_pages(pool: PagePool, states: list[RequestState]) -> int:
