@@ -18,6 +18,7 @@ from hardkv_sglang.importance import Importance
 from hardkv_sglang.selection import Lists
 
 SEGMENT = 512  # candidates of one program of the first pass
+# sizes differ from event to event: specialising on them would compile in the middle of serving
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def load_rows(storage, rows, i_b, o_n, m_n, N, D: tl.constexpr):
     return tl.load(storage + b_row[:, None] * D + tl.arange(0, D)[None, :], mask=m_n[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "S"])
 def weigh_kernel(
     k,
     rows,
@@ -87,7 +88,7 @@ def weigh_kernel(
     tl.store(partial_all + o_partial, b_all, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def importance_kernel(
     k,
     rows,
@@ -123,7 +124,7 @@ def importance_kernel(
     tl.store(mean_square + i_b * N + o_n, b_square / M, mask=o_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def value_distance_kernel(v, rows, padding, weights, distance, N, D: tl.constexpr, BN: tl.constexpr):
     i_b = tl.program_id(0).to(tl.int64)
     first = tl.load(padding + i_b)
