@@ -18,7 +18,6 @@ from hardkv_sglang.importance import Importance
 from hardkv_sglang.selection import Lists
 
 SEGMENT = 512  # candidates of one program of the first pass
-# sizes differ from event to event: specialising on them would compile in the middle of serving
 
 
 @triton.jit
@@ -35,6 +34,7 @@ def load_rows(storage, rows, i_b, o_n, m_n, N, D: tl.constexpr):
     return tl.load(storage + b_row[:, None] * D + tl.arange(0, D)[None, :], mask=m_n[:, None], other=0.0)
 
 
+# sizes differ from event to event: specialising on them would compile in the middle of serving
 @triton.jit(do_not_specialize=["M", "N", "S"])
 def weigh_kernel(
     k,
