@@ -136,6 +136,11 @@ class ServerProcess:
         """Abort the request with this id, or all."""
         self._request("POST", "/abort_request", json={"rid": rid, "abort_all": abort_all})
 
+    def start_profile(self, folder: str, num_steps: int) -> None:
+        """Profile the next forward passes with torch's profiler; it stops by itself and writes a trace to `folder`."""
+        options = {"activities": ["CPU", "GPU"], "with_stack": False, "record_shapes": False}
+        self._request("POST", "/start_profile", json={"output_dir": folder, "num_steps": num_steps, **options})
+
     def num_requests(self) -> int:
         """Requests that run or wait."""
         loads = self._request("GET", "/v1/loads").json()["loads"]

@@ -87,7 +87,7 @@ def build(shape: Shape, spare_pages: int = 0, seed: int = 0) -> Inputs:
     tables.first_page[:, 1:] = (head_pages.cumsum(1) - head_pages).view(B, L, H).transpose(0, 1).int()
     tables.condensed_keep.fill_(True)
     order = torch.randperm(num_pages - 1, generator=g) + 1
-    req_to_token = torch.zeros(B + 1, 1024, dtype=torch.int32)
+    req_to_token = torch.zeros(B + 1, max(1024, span_pages * PS), dtype=torch.int32)
     for row in range(1, B + 1):
         own, order = order[: token_pages[row - 1]], order[token_pages[row - 1] :]
         tables.condensed_pages[row, : own.numel()] = own.int()

@@ -4,30 +4,33 @@
 
 Dummy weights: attention is nearly uniform, so Top-p keeps everything and the cap decides what is kept. The
 compressed requests really generate their tokens. Rates are SGLang's own decode log, median over log lines in
-which all requests run.
+which all requests run. A trace of some steps near the end of each case says where their time goes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import re
 import statistics
-import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.machine import environment
 from bench.serving.dummy_models import SHAPES, write_model
+from bench.serving.step_trace import StepTrace, profile_steps
 from hardkv_sglang.server_process import ServerProcess
 
-DENSE_CASES = ((64, 1024, 200), (32, 16384, 120))  # requests, prompt tokens, generated tokens
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("sglang", "torch", "triton", "flashinfer-python", "hardkv-sglang")
+NAMES = ("stock", "no events", "compressed")
+
+DENSE_CASES = [(64, 1024, 200), (32, 16384, 120)]  # requests, prompt tokens, generated tokens
+TRACED_STEPS = 30
 LOG_LINE = re.compile(r"Decode batch, #running-req: (\d+), #token: (\d+).*?gen throughput \(token/s\): ([\d.]+)")
 FLAGS: dict[str, Any] = {
     "load-format": "dummy",
@@ -50,85 +53,118 @@ def prompt(num_tokens: int, seed: int) -> list[int]:
     return [rng.randrange(10, 31000) for _ in range(num_tokens)]
 
 
+def full_lines(server: ServerProcess, since: int, batch: int) -> list[tuple[int, float]]:
+    """(pool tokens, tokens per second) of the log lines with all requests running, after position `since`."""
+    lines = LOG_LINE.findall(server.log_text()[since:])
+    return [(int(tokens), float(rate)) for running, tokens, rate in lines if int(running) == batch]
+
+
 def generate(server: ServerProcess, prompts: list[list[int]], num_tokens: int) -> list[tuple[int, float]]:
-    """Run all prompts at once; returns (pool tokens, tokens per second) of the log lines with all of them running."""
+    """Run all prompts at once; returns `full_lines`, less the first, which still contains prefill."""
     before = len(server.log_text())
     sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
     with ThreadPoolExecutor(len(prompts)) as executor:
         list(executor.map(lambda ids: server.generate(input_ids=ids, sampling_params=sampling), prompts))
-    lines = LOG_LINE.findall(server.log_text()[before:])
-    # the first full line still contains prefill
-    return [(int(tokens), float(rate)) for running, tokens, rate in lines if int(running) == len(prompts)][1:]
+    return full_lines(server, before, len(prompts))[1:]
 
 
-def measure_dense(server: ServerProcess) -> dict[str, float]:
-    """Decode tokens per second of each dense case."""
+def generate_traced(
+    server: ServerProcess, prompts: list[list[int]], num_tokens: int, folder: Path
+) -> tuple[list[tuple[int, float]], StepTrace]:
+    """`generate`, with a trace of steps behind those whose log lines are returned."""
+    before, traced_tokens = len(server.log_text()), num_tokens + 4 * TRACED_STEPS
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(generate, server, prompts, traced_tokens)
+        while (len(full_lines(server, before, len(prompts))) + 1) * FLAGS["decode-log-interval"] < num_tokens:
+            if future.done():
+                raise RuntimeError(f"the requests ended without {num_tokens} steps of all of them: {future.result()}")
+            time.sleep(0.05)
+        lines = full_lines(server, before, len(prompts))[1:]
+        trace = profile_steps(server, TRACED_STEPS, folder)
+        future.result()
+    return lines, trace
+
+
+def measure_dense(server: ServerProcess, cases: list[tuple[int, int, int]], folder: Path) -> dict[str, Any]:
+    """Decode tokens per second and a trace of each dense case."""
     results = {}
-    for batch, prompt_len, num_tokens in DENSE_CASES:
-        lines = generate(server, [prompt(prompt_len, 1000 * batch + i) for i in range(batch)], num_tokens)
-        results[f"{batch}x{prompt_len}"] = statistics.median(rate for _, rate in lines)
+    for batch, prompt_len, num_tokens in cases:
+        prompts = [prompt(prompt_len, 1000 * batch + i) for i in range(batch)]
+        lines, trace = generate_traced(server, prompts, num_tokens, folder)
+        speed = statistics.median(rate for _, rate in lines)
+        results[f"{batch}x{prompt_len}"] = {"tokens_per_second": speed, "trace": trace.per_step()}
         server.flush_cache()
     return results
 
 
-def measure_compressed(server: ServerProcess, num_tokens: int) -> dict[str, Any]:
+def measure_compressed(server: ServerProcess, num_tokens: int, folder: Path) -> dict[str, Any]:
     """32 requests from 512 tokens to `num_tokens` more; speed over the last eighth."""
-    lines = generate(server, [prompt(512, i) for i in range(32)], num_tokens)
+    lines, trace = generate_traced(server, [prompt(512, i) for i in range(32)], num_tokens, folder)
     tail = lines[-len(lines) // 8 :]
     state = server.server_info()["internal_states"][0]["hardkv"]
     return {
         "tokens_per_second": statistics.median(rate for _, rate in tail),
         "mean_tokens_per_second": len(tail) / sum(1 / rate for _, rate in tail),
+        "slowest_tokens_per_second": min(rate for _, rate in tail),
         "pool_tokens": tail[-1][0],
         "dense_tokens": 32 * (512 + num_tokens),
         "table_bytes": state["table_bytes"],
         "select_events": state["select_events"],
         "condense_events": state["condense_events"],
+        "event_seconds": state["event_seconds"],
+        "trace": trace.per_step(),
     }
 
 
-def run(shape: str, num_tokens: int, max_tokens: int, folder: Path) -> dict[str, Any]:
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All measurements, one server after the other."""
-    model = write_model(SHAPES[shape], folder / shape)
+    model = write_model(SHAPES[args.model], folder / args.model)
     variants: list[tuple[str, dict[str, Any] | None]] = [
         ("stock", None),
         ("no events", {"recent_tokens": 65536}),
-        ("compressed", {"max_tokens": max_tokens}),
+        ("compressed", {"max_tokens": args.max_tokens}),
     ]
     results: dict[str, Any] = {}
     for name, options in variants:
+        if name not in args.only:
+            continue
         ours = {} if options is None else {"kv-compression": "hardkv", "kv-compression-config": json.dumps(options)}
         print(f"starting: {name}", flush=True)
-        server = ServerProcess(model, {**FLAGS, **ours}, {}, folder / f"{name.replace(' ', '-')}.log")
+        log = args.json.parent / f"{name.replace(' ', '-')}.log"
+        server = ServerProcess(model, {**FLAGS, **ours}, {}, log)
         try:
             server.wait_ready()
             generate(server, [prompt(64, i) for i in range(8)], 16)  # warm-up
-            is_long = name == "compressed"
-            results[name] = measure_compressed(server, num_tokens) if is_long else measure_dense(server)
+            if name == "compressed":
+                results[name] = measure_compressed(server, args.tokens, folder / name)
+            else:
+                results[name] = measure_dense(server, args.cases, folder / name)
         finally:
             server.stop()
         print(f"{name}: {results[name]}", flush=True)
     return results
 
 
+def case(text: str) -> tuple[int, int, int]:
+    """`requests x prompt tokens x generated tokens`."""
+    batch, prompt_len, num_tokens = (int(word) for word in text.split("x"))
+    return batch, prompt_len, num_tokens
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="qwen3-8b")
+    parser.add_argument("--only", choices=NAMES, nargs="+", default=NAMES, help="only these servers")
+    parser.add_argument("--cases", type=case, nargs="+", default=DENSE_CASES, metavar="BxPxT", help="of dense servers")
     parser.add_argument("--tokens", type=int, default=16000, help="generated tokens of the compressed requests")
     parser.add_argument("--max-tokens", type=int, default=2048, help="cap per KV head")
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True, help="figures; the servers' logs go beside it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        results = run(args.model, args.tokens, args.max_tokens, Path(folder))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    environment = {
-        "commit": commit,
-        "gpu": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("sglang", "torch", "triton", "flashinfer-python")},
-    }
-    args.json.write_text(json.dumps({"model": args.model, "environment": environment, "results": results}, indent=2))
+        results = run(args, Path(folder))
+    report = {"model": args.model, "environment": environment(ROOT, PACKAGES), "results": results}
+    args.json.write_text(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 from hardkv_sglang.server_process import Flags, ServerError, ServerProcess
 
+# with a GPU as in production: CUDA graphs and FlashInfer, which takes 16-bit types only
+DEVICE_FLAGS: Flags = (
+    {
+        "dtype": "float16",
+        "attention-backend": "flashinfer",
+        "mem-fraction-static": 0.15,
+        "cuda-graph-max-bs-decode": 16,
+    }
+    if torch.cuda.is_available()
+    else {"dtype": "float32"}
+)
 # enough for a handful of requests of the demo model's full context, 180 MB of K and V in float32; an idle server that
 # does not sleep would keep a whole core from the one that is being tested
 DEFAULT_FLAGS: Flags = MappingProxyType(
     {
-        "dtype": "float32",
+        **DEVICE_FLAGS,
         "page-size": 32,
         "max-total-tokens": 8192,
         "max-running-requests": 16,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.compressed import EXACT, SHORT, STOCK, STRICT
+from e2e.compressed import EXACT, LOGPROB_TOLERANCE, SHORT, STOCK, STRICT
 
 from hardkv_sglang.cli.main import main
 from hardkv_sglang.server_process import ServerProcess as Server
@@ -39,15 +39,15 @@ def test_eval_sees_compression(server_for: ServerFor, tmp_path: Path, capsys: py
 def test_eval_of_exact_compression_is_zero(server_for: ServerFor, tmp_path: Path) -> None:
     report = evaluate(server_for(EXACT, STRICT), tmp_path, 200)
     assert report["select_events"] >= 2
-    assert report["max_difference"] < 1e-3
+    assert report["max_difference"] < LOGPROB_TOLERANCE
     assert report["agreement"] >= 0.99
 
 
 def test_eval_of_a_stock_server(server_for: ServerFor, tmp_path: Path) -> None:
     report = evaluate(server_for(STOCK, STRICT), tmp_path, 40)
     assert report["select_events"] is None
-    assert report["kl"] == pytest.approx(0.0, abs=1e-3)
-    assert report["max_difference"] < 1e-3
+    assert report["kl"] == pytest.approx(0.0, abs=LOGPROB_TOLERANCE)
+    assert report["max_difference"] < LOGPROB_TOLERANCE
 
 
 def test_eval_says_when_nothing_answers(capsys: pytest.CaptureFixture[str]) -> None:

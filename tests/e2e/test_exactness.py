@@ -8,6 +8,7 @@ import pytest
 from e2e.compressed import (
     EXACT,
     FIRST_EVENT,
+    LOGPROB_TOLERANCE,
     SHORT,
     SHORT_INTERVALS,
     STOCK,
@@ -64,7 +65,7 @@ def test_p_one_equals_dense(server_for: ServerFor) -> None:
     assert report["condense_events"] >= 2
     assert report["kept_p10"] == report["kept_max"]
     dense = prefill_logprobs(server, prompt + reply["output_ids"], len(prompt))
-    assert output_logprobs(reply) == pytest.approx(dense, abs=1e-3)
+    assert output_logprobs(reply) == pytest.approx(dense, abs=LOGPROB_TOLERANCE)
 
 
 def test_overlap_on_and_off_agree(server_for: ServerFor) -> None:

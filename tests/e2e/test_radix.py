@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from e2e.compressed import (
+    LOGPROB_TOLERANCE,
     PAGE,
     SHORT,
     STOCK,
@@ -62,7 +63,7 @@ def test_nothing_approximate_is_served_from_the_tree(server_for: ServerFor) -> N
     stock = decode(server_for(STOCK, STRICT), [*ids, 600, 700], 60)
     assert turn["meta_info"]["cached_tokens"] == page_ceil(75)
     assert turn["output_ids"] == stock["output_ids"]
-    assert output_logprobs(turn) == pytest.approx(output_logprobs(stock), abs=1e-3)
+    assert output_logprobs(turn) == pytest.approx(output_logprobs(stock), abs=LOGPROB_TOLERANCE)
 
 
 def test_chunked_prefill(server_for: ServerFor) -> None:

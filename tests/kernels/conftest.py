@@ -120,11 +120,3 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         return x.fill_(torch.nan if x.is_floating_point() else 99)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if DEVICE == "cpu":
-        skip = pytest.mark.skip(reason="needs a CUDA device")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)

@@ -1,0 +1,40 @@
+"""What a decode step without events does not do on a GPU: wait for the device, or allocate memory on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from e2e.compressed import SHORT_INTERVALS, STOCK, compressed, decode, hardkv_state, prompt_ids
+
+from bench.serving.step_trace import StepTrace, profile_steps
+from hardkv_sglang.server_process import ServerProcess as Server
+
+STEPS, REQUESTS = 20, 8
+
+
+def trace_decode(server: Server, folder: Path) -> StepTrace:
+    """Trace of some steps of requests that all decode; the first run of them warms up."""
+    with ThreadPoolExecutor(REQUESTS) as executor:
+        for _ in range(2):
+            futures = [executor.submit(decode, server, prompt_ids(40, seed=i), 150) for i in range(REQUESTS)]
+            trace = profile_steps(server, STEPS, folder)
+            for future in futures:
+                future.result()
+    return trace
+
+
+@pytest.mark.gpu
+def test_steps_without_events_neither_wait_nor_allocate(server_for: Callable[..., Server], tmp_path: Path) -> None:
+    # queries are recorded from the first step on, and no event comes
+    options = {**SHORT_INTERVALS, "query_window": 256, "select_interval": 256, "condense_interval": 256}
+    ours = server_for(compressed(options))
+    trace = trace_decode(ours, tmp_path / "ours")
+    assert hardkv_state(ours)["select_events"] == 0
+    assert trace.steps >= STEPS // 2, "no captured steps in the trace"
+    assert trace.groups_us["ragged_decode"] > 0
+    assert trace.allocations() == 0, trace.host_calls
+    stock = trace_decode(server_for(STOCK), tmp_path / "stock")
+    assert trace.waits() / trace.steps <= stock.waits() / stock.steps, (trace.host_calls, stock.host_calls)
