@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from e2e.compressed import SHORT_INTERVALS, STOCK, compressed, decode, hardkv_state, prompt_ids
+from e2e.compressed import STOCK, compressed, decode, hardkv_state, prompt_ids
 
 from bench.serving.step_trace import StepTrace, profile_steps
 from hardkv_sglang.server_process import ServerProcess as Server
@@ -28,8 +28,8 @@ def trace_decode(server: Server, folder: Path) -> StepTrace:
 
 @pytest.mark.gpu
 def test_steps_without_events_neither_wait_nor_allocate(server_for: Callable[..., Server], tmp_path: Path) -> None:
-    # queries are recorded from the first step on, and no event comes
-    options = {**SHORT_INTERVALS, "query_window": 256, "select_interval": 256, "condense_interval": 256}
+    # queries are recorded from the first step on, and no event comes within the trace
+    options = {"recent_tokens": 256, "query_window": 256, "select_interval": 256, "condense_interval": 256}
     ours = server_for(compressed(options))
     trace = trace_decode(ours, tmp_path / "ours")
     assert hardkv_state(ours)["select_events"] == 0
