@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from inputs import Inputs, Shape, build
 from timing import copy_bandwidth, percentiles, replay_times
 
-from hardkv_sglang.kernels import ragged_plan, reference
+from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.merge import merge_states
 from hardkv_sglang.kernels.ragged_decode import Tuning, ragged_decode
-from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, plan_ragged_decode
+from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, SplitTokens, plan_ragged_decode
 
 SHAPES = [
     Shape("512 lists x 2048", batch=64, uniform=2048),
@@ -42,11 +42,13 @@ SHAPES = [
 class Op:
     """The op bound to one set of inputs."""
 
-    def __init__(self, inputs: Inputs, tuning: Tuning | None = None) -> None:
+    def __init__(self, inputs: Inputs, tuning: Tuning | None = None, split: SplitTokens | None = None) -> None:
         self.inputs, self.tuning = inputs, tuning
         layout = inputs.cfg.layout
         most = inputs.cfg.max_condensed_tokens + inputs.cfg.max_sparse_span
-        self.workspace = RaggedWorkspace.allocate(layout, inputs.shape.num_q_heads, inputs.shape.batch, most, "cuda")
+        split = split or SplitTokens.by_load()
+        heads, batch = inputs.shape.num_q_heads, inputs.shape.batch
+        self.workspace = RaggedWorkspace.allocate(layout, heads, batch, most, "cuda", split)
         self.o = torch.empty_like(inputs.q[0])
         self.lse2 = torch.empty(inputs.q.shape[1:3], device="cuda")
         self.dense = torch.randn_like(self.o), torch.randn_like(self.lse2)
@@ -142,16 +144,13 @@ def sweep(shape: Shape) -> list[dict[str, Any]]:
     """p50 of every tuning and split length, fastest first. The gate runs for each."""
     inputs = build(shape, spare_pages=shape.batch * 8)
     results: list[dict[str, Any]] = []
-    stock = ragged_plan.SPLIT_TOKENS
     for block, warps, stages in [(32, 2, 3), (32, 2, 4), (32, 4, 3), (64, 4, 3), (64, 4, 2), (64, 2, 2)]:
         for split in (256, 512, 1024):
-            ragged_plan.SPLIT_TOKENS = split
             for programs in (2, 4, 6, 20):
-                op = Op(inputs, Tuning(block, warps, stages, programs))
+                op = Op(inputs, Tuning(block, warps, stages, programs), SplitTokens(split, split, split))
                 op.check()
                 p50 = percentiles(replay_times(op.all_layers, shape.layers, repeats=15))["p50_us"]
                 results.append({"p50_us": p50, "split": split, "tuning": op.tuning})
-    ragged_plan.SPLIT_TOKENS = stock
     return sorted(results, key=lambda r: r["p50_us"])
 
 

@@ -19,8 +19,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.kernels.dense_slots import dense_lens, write_dense_slots
 from hardkv_sglang.kernels.observe import observe
-from hardkv_sglang.kernels.ragged_decode import ragged_decode
-from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, plan_ragged_decode
+from hardkv_sglang.kernels.ragged_decode import Tuning, ragged_decode
+from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, SplitTokens, plan_ragged_decode
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
 
@@ -38,6 +38,7 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
     hardkv_cfg: ResolvedConfig
     hardkv_tables: DeviceTables
     hardkv_workspace: RaggedWorkspace
+    hardkv_tuning: Tuning | None  # None: by the size of the batch
     hardkv_hidden: torch.Tensor  # [B] int32 on the host, of the step about to run
 
     def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
@@ -50,7 +51,9 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
             max_batch,
             cfg.max_condensed_tokens + cfg.max_sparse_span,
             tables.prefix_end.device,
+            SplitTokens.fixed() if self.enable_deterministic else SplitTokens.by_load(),
         )
+        self.hardkv_tuning = Tuning.many_lists() if self.enable_deterministic else None
         self.hardkv_hidden = torch.zeros(0, dtype=torch.int32)
 
     def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
@@ -145,6 +148,7 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
             layer.scaling,
             out=state,
             dense=state,
+            tuning=self.hardkv_tuning,
         )
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
         observe(tables, index, rows, seq_lens, queries, state[1])

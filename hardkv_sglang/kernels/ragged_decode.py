@@ -2,8 +2,8 @@
 
 `plan_ragged_decode`, once per step, cuts the lists of all layers into splits. `ragged_decode`, one launch per
 layer, runs a persistent grid over them; the program that finishes a list last merges its splits, and the dense
-state if there is one. The splits of a list depend on its length alone and are merged in order, whoever does it:
-results are bit-equal between runs, and with one `Tuning` they do not depend on what else is in the batch.
+state if there is one. Splits are merged in order, whoever does it: the same batch gives the same bits. With fixed
+splits and one `Tuning` a request's results do not depend on what else is in the batch.
 """
 
 # mypy: allow-untyped-defs
@@ -183,8 +183,13 @@ class Tuning:
         """
         if row_bytes > 256:
             return cls(block_tokens=32, num_warps=4, num_stages=2, programs_per_multiprocessor=6)
-        if num_lists <= 2 * num_multiprocessors:
+        if num_lists <= num_multiprocessors // 2:
             return cls(block_tokens=64, num_warps=4, num_stages=3, programs_per_multiprocessor=6)
+        return cls.many_lists()
+
+    @classmethod
+    def many_lists(cls) -> Tuning:
+        """What `default` gives a full batch."""
         return cls(block_tokens=32, num_warps=2, num_stages=3, programs_per_multiprocessor=20)
 
 

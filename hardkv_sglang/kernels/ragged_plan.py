@@ -12,14 +12,36 @@ import triton.language as tl
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
-SPLIT_TOKENS = 256
-"""A list is cut into `ceil(length / SPLIT_TOKENS)` splits of equal size (rounded up to `SPLIT_ALIGN`)."""
-
 MAX_SPLITS = 32
-"""Lists past `MAX_SPLITS * SPLIT_TOKENS` get longer splits instead, which bounds the partial results."""
+"""Lists past that many splits get longer ones instead, which bounds the partial results."""
+
+MIDDLE_FROM, LARGE_FROM = tl.constexpr(1024), tl.constexpr(3072)
+"""Listed tokens per multiprocessor and layer from which splits are middle-sized and large (measured on an H200)."""
 
 SPLIT_ALIGN = tl.constexpr(64)  # at least the page size, so that a split starts at a page
 ITEM_FIELDS = tl.constexpr(8)
+
+
+@dataclass(frozen=True)
+class SplitTokens:
+    """Tokens per split: a list is cut into `ceil(length / split)` splits of equal size, rounded up to `SPLIT_ALIGN`.
+
+    Long splits waste less on starting and merging, short ones balance the multiprocessors when there is little work.
+    """
+
+    small: int
+    middle: int
+    large: int
+
+    @classmethod
+    def by_load(cls) -> SplitTokens:
+        """The fastest for what a layer has to read: rounding depends on the other requests of the batch."""
+        return cls(256, 512, 1024)
+
+    @classmethod
+    def fixed(cls) -> SplitTokens:
+        """The same for every batch, for results that do not depend on it."""
+        return cls(256, 256, 256)
 
 
 @triton.jit
@@ -32,17 +54,44 @@ def load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H
 
 
 @triton.jit
-def split_geometry(b_len, SPLIT: tl.constexpr, SPLITS: tl.constexpr):
-    """Number of splits and tokens per split, from the length alone.
+def split_geometry(b_len, split, SPLITS: tl.constexpr):
+    """Number of splits and tokens per split of lists of that length.
 
     An empty list has one empty split, because somebody has to write its output.
     """
-    b_splits = tl.minimum(tl.maximum(tl.cdiv(b_len, SPLIT), 1), SPLITS)
+    b_splits = tl.minimum(tl.maximum(tl.cdiv(b_len, split), 1), SPLITS)
     b_size = tl.maximum(tl.cdiv(tl.cdiv(b_len, b_splits), SPLIT_ALIGN), 1) * SPLIT_ALIGN
     return tl.maximum(tl.cdiv(b_len, b_size), 1), b_size
 
 
 @triton.jit
+def split_tokens(
+    rows,
+    num_condensed,
+    num_sparse,
+    i_l,
+    num_lists,
+    num_rows,
+    H: tl.constexpr,
+    SMS: tl.constexpr,
+    SMALL: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    LARGE: tl.constexpr,
+    BB: tl.constexpr,
+):
+    """Tokens per split of this layer, from all that its lists hold."""
+    b_total = tl.zeros([BB], tl.int32)
+    for i_list in range(0, num_lists, BB):
+        o_list = i_list + tl.arange(0, BB)
+        m_list = o_list < num_lists
+        _, _, _, b_len = load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H)
+        b_total += tl.where(m_list, b_len, 0)
+    load = tl.sum(b_total, 0) // SMS
+    return tl.where(load >= LARGE_FROM, LARGE, tl.where(load >= MIDDLE_FROM, MIDDLE, SMALL))
+
+
+# the batch size of an eager step may be any: specialising on it would compile in the middle of serving
+@triton.jit(do_not_specialize=["num_lists"])
 def plan_kernel(
     rows,
     num_condensed,
@@ -54,7 +103,10 @@ def plan_kernel(
     num_rows,
     max_items,
     H: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SMS: tl.constexpr,
+    SMALL: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    LARGE: tl.constexpr,
     SPLITS: tl.constexpr,
     BL: tl.constexpr,
     BS: tl.constexpr,
@@ -62,18 +114,19 @@ def plan_kernel(
 ):
     i_l = tl.program_id(0).to(tl.int64)
     first_list = tl.program_id(1) * BL
-    # splits of all lists before this block: cheaper to count again than to wait for another program
+    # every program counts tokens and splits again: cheaper than to wait for another program
+    split = split_tokens(rows, num_condensed, num_sparse, i_l, num_lists, num_rows, H, SMS, SMALL, MIDDLE, LARGE, BB)
     b_before = tl.zeros([BB], tl.int32)
     for i_list in range(0, first_list, BB):
         o_list = i_list + tl.arange(0, BB)
         m_list = o_list < first_list
         _, _, _, b_len = load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H)
-        b_before += tl.where(m_list, split_geometry(b_len, SPLIT, SPLITS)[0], 0)
+        b_before += tl.where(m_list, split_geometry(b_len, split, SPLITS)[0], 0)
     o_list = first_list + tl.arange(0, BL)
     m_list = o_list < num_lists
     b_row, o_table, b_condensed, b_len = load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H)
     b_first_page = tl.load(first_page + o_table, mask=m_list, other=0)
-    b_splits, b_size = split_geometry(b_len, SPLIT, SPLITS)
+    b_splits, b_size = split_geometry(b_len, split, SPLITS)
     b_splits = tl.where(m_list, b_splits, 0)
     b_first_item = tl.sum(b_before, 0) + tl.cumsum(b_splits, 0) - b_splits
     if first_list + BL >= num_lists:
@@ -115,6 +168,7 @@ class RaggedWorkspace:
     arrivals: torch.Tensor  # [max_batch * H] int32, finished splits of each list; zero between launches
     max_splits: int
     num_multiprocessors: int
+    split: SplitTokens
 
     @classmethod
     def allocate(
@@ -124,12 +178,13 @@ class RaggedWorkspace:
         max_batch: int,
         max_list_tokens: int,
         device: torch.device | str,
+        split: SplitTokens,
     ) -> RaggedWorkspace:
         """Allocate for batches up to `max_batch`.
 
         max_list_tokens: longest expected list, condensed and sparse; longer ones stay correct, in longer splits.
         """
-        max_splits = max(1, min(MAX_SPLITS, triton.cdiv(max_list_tokens, SPLIT_TOKENS)))
+        max_splits = max(1, min(MAX_SPLITS, triton.cdiv(max_list_tokens, split.small)))
         max_lists, G = max_batch * layout.num_kv_heads, num_q_heads // layout.num_kv_heads
         L, N = layout.num_layers, max_lists * max_splits
         on_gpu = torch.device(device).type == "cuda"
@@ -145,6 +200,7 @@ class RaggedWorkspace:
             arrivals=zeros(max_lists),
             max_splits=max_splits,
             num_multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1,
+            split=split,
         )
 
     @property
@@ -166,7 +222,7 @@ def plan_ragged_decode(
 
     rows: [B] int32 or int64 contiguous, request row of each batch entry; row 0 pads and has empty lists.
     Guarantees: one launch; reads the tables when it runs, so a captured graph follows them; no allocation, no
-    sync. The split geometry of a list depends on its length alone.
+    sync. How a list is split depends on its length and, unless splits are `fixed`, on the load of its layer.
     """
     num_lists = rows.numel() * layout.num_kv_heads
     assert rows.is_contiguous() and rows.dtype in (torch.int32, torch.int64), "rows must be contiguous integers"
@@ -185,7 +241,10 @@ def plan_ragged_decode(
         num_rows=tables.num_condensed.shape[1],
         max_items=workspace.items.shape[1],
         H=layout.num_kv_heads,
-        SPLIT=SPLIT_TOKENS,
+        SMS=workspace.num_multiprocessors,
+        SMALL=workspace.split.small,
+        MIDDLE=workspace.split.middle,
+        LARGE=workspace.split.large,
         SPLITS=workspace.max_splits,
         BL=lists_per_program,
         BS=triton.next_power_of_2(workspace.max_splits),

@@ -22,7 +22,7 @@ from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
 from hardkv_sglang.kernels.merge import merge_states
 from hardkv_sglang.kernels.observe import observe
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
-from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, plan_ragged_decode
+from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, SplitTokens, plan_ragged_decode
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
@@ -65,7 +65,7 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     req_to_token = torch.zeros(5, 1024, dtype=torch.int32)
     rows, seq_lens = torch.tensor([1, 2]), torch.tensor([7, 9])
     q, lse2 = torch.zeros(2, 2 * group, head_dim, dtype=dtype), torch.zeros(2, 2 * group)
-    workspace = RaggedWorkspace.allocate(layout, 2 * group, 4, 1024, "cpu")
+    workspace = RaggedWorkspace.allocate(layout, 2 * group, 4, 1024, "cpu", SplitTokens.by_load())
     plan_ragged_decode(workspace, layout, tables, rows)
     state = (torch.zeros_like(q), lse2)
     ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, out=state, dense=state)

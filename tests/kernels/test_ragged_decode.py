@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from hardkv_sglang.kernels import EMPTY_LSE2, reference
 from hardkv_sglang.kernels.ragged_decode import Tuning, ragged_decode
-from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, plan_ragged_decode
+from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, SplitTokens, plan_ragged_decode
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # numpy has no bfloat16 dot
@@ -23,8 +24,10 @@ def draw_lengths(L: int, R: int, H: int, sizes: list[int], seed: int) -> torch.T
     return lengths
 
 
-def workspace_for(case, max_batch: int = 8, max_list_tokens: int = 4096) -> RaggedWorkspace:
-    return RaggedWorkspace.allocate(case.layout, case.cfg.num_q_heads, max_batch, max_list_tokens, case.k.device)
+def workspace_for(case, max_batch: int = 8, max_list_tokens: int = 4096, split=None) -> RaggedWorkspace:
+    heads, device = case.cfg.num_q_heads, case.k.device
+    split = split or SplitTokens.fixed()
+    return RaggedWorkspace.allocate(case.layout, heads, max_batch, max_list_tokens, device, split)
 
 
 def run(case, workspace, rows, q, layer, o_dtype=None, dense=None, tuning=None):
@@ -120,6 +123,24 @@ def test_ragged_decode_independent_of_batch(make_case) -> None:
     again = run(case, workspace, rows, q, 0, tuning=fewer_programs)
     assert torch.equal(o, again[0])
     assert torch.equal(lse2, again[1])
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(1000, 64), (1100, 128), (3200, 256)])
+def test_splits_grow_with_the_load(make_case, tokens: int, expected: int) -> None:
+    """Small, middle-sized and large splits by the tokens that a multiprocessor has in a layer, each correct."""
+    lists = torch.zeros(1, 3, 2, dtype=torch.int64)
+    split = SplitTokens(64, 128, 256)
+    workspace = workspace_for(make_case(lists, lists), split=split)
+    lists[0, 1:] = tokens * workspace.num_multiprocessors // 4
+    case = make_case(lists, torch.zeros_like(lists))
+    workspace = workspace_for(case, split=split, max_list_tokens=int(lists.max()))
+    rows = torch.tensor([1, 2], device=case.k.device)
+    q = queries(case, rows)
+    assert_matches(case, rows, q, 0, *run(case, workspace, rows, q, 0))
+    length = int(lists.max())
+    splits = min(triton.cdiv(length, expected), workspace.max_splits)
+    size = 64 * triton.cdiv(triton.cdiv(length, splits), 64)
+    assert int(workspace.num_items[0]) == 4 * triton.cdiv(length, size)
 
 
 @pytest.mark.parametrize("max_list_tokens", [1, 300, 600])
