@@ -3,19 +3,24 @@ attention, and is the only writer of the tier tables."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from hardkv_sglang.candidates import CandidateReader
 from hardkv_sglang.config import ResolvedConfig
-from hardkv_sglang.kernels import reference_condense
+from hardkv_sglang.kernels import reference_condense, reference_publish
 from hardkv_sglang.memory_pool.layout import head_pages_needed
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.policies import make_policy
+from hardkv_sglang.request_state import RequestState
 from hardkv_sglang.scoring import make_scorer
-from hardkv_sglang.selection import Selection
+from hardkv_sglang.selection import BoundCounts, bound_counts
 from hardkv_sglang.step_plan import CondenseOp, ObserveOp, SelectOp, StepPlan
+
+Publish = Callable[[DeviceTables, SelectOp, torch.Tensor, torch.Tensor], torch.Tensor]
+"""`reference_publish.publish` or a kernel that does the same."""
 
 MASS_UNITS = 1_000_000  # kept mass travels to the host as an integer beside the counts
 
@@ -44,6 +49,16 @@ class SettledCounts:
         return cls(head_pages, infeasible, mass / MASS_UNITS, kept)
 
 
+def _operations(on_gpu: bool) -> tuple[BoundCounts, Publish]:
+    """Operations of select events, as kernels or in torch."""
+    if on_gpu:
+        from hardkv_sglang.kernels.bound import bound_counts as bound_on_gpu
+        from hardkv_sglang.kernels.publish import publish as publish_on_gpu
+
+        return bound_on_gpu, publish_on_gpu
+    return bound_counts, reference_publish.publish
+
+
 class EventExecutor:
     """Runs step plans against one rank's pool and tables."""
 
@@ -64,9 +79,26 @@ class EventExecutor:
         self.req_to_token = req_to_token  # [R, max_context_len] int32
         self.tp_group = tp_group
         self.priors = priors  # [L, H] float32
-        self.policy = make_policy(cfg.options, cfg.layout.page_size)
+        bound, self.publish = _operations(req_to_token.is_cuda)
+        self.policy = make_policy(cfg.options, cfg.layout.page_size, bound)
         self.reader = CandidateReader(cfg, tables, k_storage, v_storage, req_to_token, self.policy)
         self.scorer = make_scorer(self.reader)
+
+    def warm_up(self) -> None:
+        """Run both kinds of events on the padding row, so that kernels are compiled and loaded before requests come.
+
+        Every tensor-parallel rank must call it; leaves the row as it was.
+        """
+        page, row, device = self.cfg.layout.page_size, 0, self.req_to_token.device
+        state = RequestState(row, 0, 0, 0, 0, 0)
+        select = SelectOp(
+            state=state, row=row, prefix_end=0, condensed_end=0, old_recent_start=0, recent_start=page, first_query=0,
+            seq_len=self.cfg.options.query_window, condensed_list_bound=page, recalibrate=True, ring_slot=0,
+        )  # fmt: skip
+        padding_page = torch.arange(page, device=device)
+        self._condense([CondenseOp(state=state, row=row, slots=padding_page, start=0, end=0)])
+        self._select(select)
+        self.reset(torch.tensor([row], device=device))
 
     def run(self, plan: StepPlan) -> list[SelectReport]:
         """Execute a plan; returns one report per select event, readable once the step's results are."""
@@ -98,15 +130,15 @@ class EventExecutor:
         from hardkv_sglang.kernels.condense import condense
 
         device = self.req_to_token.device
-        rows = torch.tensor([op.row for op in ops], pin_memory=True).to(device, non_blocking=True)
+        rows = torch.tensor([op.row for op in ops], device="cpu", pin_memory=True).to(device, non_blocking=True)
         new_pages = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
         condense(self.k_storage, self.v_storage, self.cfg.layout, self.tables, self.req_to_token, rows, new_pages)
 
     def _select(self, op: SelectOp) -> SelectReport:
-        tables, layout = self.tables, self.cfg.layout
-        temperature = None if op.recalibrate else tables.temperature[:, op.row].flatten()
+        layout = self.cfg.layout
+        temperature = None if op.recalibrate else self.tables.temperature[:, op.row].flatten()
         selection = self.policy.choose(self.scorer.score(op), temperature)
-        num_kept = self._publish(op, selection)
+        num_kept = self.publish(self.tables, op, selection.keep, selection.temperature)
         head_pages = head_pages_needed(num_kept, layout.page_size).sum(dtype=torch.int32).view(1)
         if self.tp_group is not None:
             torch.distributed.all_reduce(head_pages, torch.distributed.ReduceOp.MAX, group=self.tp_group)
@@ -114,33 +146,10 @@ class EventExecutor:
         mass_units = (selection.kept_mass.mean() * MASS_UNITS).to(torch.int32).view(1)
         return SelectReport(op, self._to_host(torch.cat((head_pages, infeasible, mass_units, num_kept.flatten()))))
 
-    def _publish(self, op: SelectOp, selection: Selection) -> torch.Tensor:
-        """Write the request's tiers: survivors, sparse lists, temperatures; returns kept tokens [L, H] int32."""
-        tables, bound, keep = self.tables, op.condensed_list_bound, selection.keep
-        shape = tables.num_sparse[:, op.row].shape
-        if bound:
-            padding = self.reader.padding(op, slice(None)).flatten()
-            index = torch.arange(bound, device=keep.device)[None, :] + padding[:, None]
-            survives = keep[:, :bound].gather(1, index.clamp(max=bound - 1)) & (index < bound)
-            tables.condensed_keep[:, op.row, :, :bound] = survives.view(*shape, bound)
-        in_span = keep[:, bound:]
-        span = in_span.shape[1]
-        target = torch.where(in_span, in_span.cumsum(1) - 1, span)
-        positions = torch.arange(op.condensed_end, op.recent_start, dtype=torch.int32, device=keep.device)
-        lists = torch.zeros((keep.shape[0], span + 1), dtype=torch.int32, device=keep.device)
-        lists.scatter_(1, target, positions.expand_as(target))
-        tables.sparse_positions[:, op.row, :, :span] = lists[:, :span].view(*shape, span)
-        tables.num_sparse[:, op.row] = in_span.sum(1, dtype=torch.int32).view(shape)
-        tables.temperature[:, op.row] = selection.temperature.float().view(shape)
-        tables.prefix_end[op.row] = op.prefix_end
-        tables.recent_start[op.row] = op.recent_start
-        tables.ring_slot[op.row] = -1
-        return keep.sum(1, dtype=torch.int32).view(shape)
-
     def _to_host(self, counts: torch.Tensor) -> torch.Tensor:
         if not counts.is_cuda:
             return counts
-        host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+        host = torch.empty(counts.shape, dtype=counts.dtype, device="cpu", pin_memory=True)
         return host.copy_(counts, non_blocking=True)
 
     def reset(self, rows: torch.Tensor) -> None:

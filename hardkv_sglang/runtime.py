@@ -79,6 +79,7 @@ class HardKVRuntime:
         )
         self.audit = Audit(self.cfg, self.tables, self.states, req_to_token, self.executor.tp_group is not None)
         self.backend = install_backend(model_runner, self.cfg, self.tables)
+        self.executor.warm_up()
         logger.info(
             "HARD-KV: %s, %d rows, tables %.2f GB beside the pool; CUDA graphs for up to %d requests, "
             "SGLang logs their memory when they are captured",

@@ -58,20 +58,20 @@ class PooledScorer(Scorer):
     def score_layers(self, op: SelectOp, layers: slice) -> Scored:
         """See `Scorer.score_layers`."""
         from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
+        from hardkv_sglang.kernels.list_candidates import list_candidates
 
         reader = self.reader
-        padding = reader.padding(op, layers)
-        rows = reader.rows(op, layers, padding)
+        found = list_candidates(reader.cfg.layout, reader.tables, reader.req_to_token, op, layers)
         lists = PooledLists(
-            valid=reader.exist(rows, padding),
-            keys=reader.k_rows[rows] if reader.policy.needs_keys else None,
+            valid=found.valid,
+            keys=reader.k_rows[found.rows] if reader.policy.needs_keys else None,
             k_rows=reader.k_rows,
             v_rows=reader.v_rows,
-            rows=rows,
-            padding=padding.flatten().int(),
+            rows=found.rows,
+            padding=found.padding,
         )
         queries, lse2 = (x.flatten(1, 2) for x in reader.queries(op, layers))
-        importance = measure_pooled(lists, reader.attended(op, layers), queries, lse2, reader.scale2)
+        importance = measure_pooled(lists, found.attended, queries, lse2, reader.scale2)
         return reader.policy.rate(importance, lists)
 
 

@@ -10,10 +10,14 @@ any batch, on any device, sorted or not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+
+BoundCounts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int | None, int], torch.Tensor]
+"""`bound_counts` or a kernel that does the same."""
 
 ONE = 1 << 48
 """Fixed-point units of probability 1: finer than float32 and float64 need, and 2**15 ones fit an int64."""
@@ -70,6 +74,11 @@ class Scored:
     scores: torch.Tensor  # [B, V, N] float, of the metric: not negative, 0 for padding
     importance: Importance
     valid: torch.Tensor  # [B, N] bool
+
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """`ascending_order` of every distribution, [B, V, N] int64."""
+        return ascending_order(self.scores, self.valid[:, None, :])
 
     @classmethod
     def join(cls, parts: Sequence[Scored]) -> Scored:

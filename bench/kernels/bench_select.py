@@ -24,6 +24,7 @@ from inputs import Inputs, Shape, build
 from timing import event_times, percentiles
 
 from hardkv_sglang.events import EventExecutor
+from hardkv_sglang.policies import make_policy
 from hardkv_sglang.scoring import TorchScorer
 from hardkv_sglang.step_plan import SelectOp
 
@@ -51,11 +52,13 @@ def make_event(inputs: Inputs) -> tuple[EventExecutor, SelectOp]:
 
 
 def check(executor: EventExecutor, op: SelectOp) -> None:
-    """Scores of the kernels against the torch definition."""
+    """Scores of the kernels and what they choose, against the torch definition."""
     ours, torchs = executor.scorer.score(op), TorchScorer(executor.reader).score(op)
     error = float((ours.scores - torchs.scores).norm() / torchs.scores.norm())
     assert error < 1e-3, f"relative error of the scores {error}"
     assert torch.equal(ours.valid, torchs.valid)
+    defined = make_policy(executor.cfg.options, executor.cfg.layout.page_size)
+    assert torch.equal(executor.policy.choose(ours).keep, defined.choose(ours).keep)
 
 
 def host_us(launch: Callable[[], object], repeats: int = 20) -> float:
@@ -80,7 +83,7 @@ def measure(shape: Shape) -> dict[str, Any]:
         "score": lambda: executor.scorer.score(op),
         "score_torch": lambda: TorchScorer(executor.reader).score(op),
         "choose": lambda: executor.policy.choose(scored),
-        "publish": lambda: executor._publish(op, selection),
+        "publish": lambda: executor.publish(executor.tables, op, selection.keep, selection.temperature),
         "event": lambda: executor._select(op),
     }
     row: dict[str, Any] = {"shape": shape.name, "kept_mean": round(float(selection.keep.sum(1).float().mean()), 1)}

@@ -17,7 +17,7 @@ from sglang.srt.layers.attention.flashinfer_backend import DecodeMetadata, Flash
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from hardkv_sglang.config import ResolvedConfig
-from hardkv_sglang.kernels.dense_slots import dense_lens, write_dense_slots
+from hardkv_sglang.kernels.dense_slots import plan_dense_slots
 from hardkv_sglang.kernels.observe import observe
 from hardkv_sglang.kernels.ragged_decode import Tuning, ragged_decode
 from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, SplitTokens, plan_ragged_decode
@@ -98,16 +98,14 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
         """Plan FlashInfer over the dense tiers: one host plan for all layers, no device-to-host copy."""
         bs = batch.batch_size
         rows, seq_lens = batch.req_pool_indices[:bs], batch.seq_lens[:bs]
-        lens = dense_lens(self.hardkv_tables, rows, seq_lens)
         indptr = self.kv_indptr[0][: bs + 1]
-        torch.cumsum(lens, 0, dtype=torch.int32, out=indptr[1:])
-        write_dense_slots(self.req_to_token_pool.req_to_token, self.hardkv_tables, rows, indptr, slots)
+        plan_dense_slots(self.req_to_token_pool.req_to_token, self.hardkv_tables, rows, seq_lens, indptr, slots)
         lens_cpu = batch.seq_lens_cpu[:bs].clone()
         # rows past the batch pad a captured graph: nothing of theirs is hidden
         lens_cpu[: self.hardkv_hidden.numel()] -= self.hardkv_hidden
         self.indices_updater_decode.update(
             rows,
-            lens,
+            seq_lens,
             lens_cpu,
             None,
             decode_wrappers=[wrapper],

@@ -79,7 +79,8 @@ def new_first_page(counts, i_j, i_c, COLUMNS: tl.constexpr, PS: tl.constexpr, BC
     return tl.sum(tl.cdiv(b_count, PS), 0)
 
 
-@triton.jit
+# pages differ from event to event: specialising on them would compile in the middle of serving
+@triton.jit(do_not_specialize=["num_new_pages"])
 def copy_kernel(
     rows,
     new_pages,
@@ -153,7 +154,7 @@ def copy_kernel(
             num_copied += tl.sum(m_n.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_new_pages"])
 def publish_kernel(
     rows,
     new_pages,

@@ -11,55 +11,71 @@ from hardkv_sglang.memory_pool.tables import DeviceTables
 
 
 @triton.jit
+def load_lens(rows, seq_lens, prefix_end, recent_start, o_b, m_b):
+    """Tokens in the dense tier of batch entries `o_b`; 0 where masked."""
+    b_row = tl.load(rows + o_b, mask=m_b, other=0).to(tl.int64)
+    b_hidden = tl.load(recent_start + b_row, mask=m_b, other=0) - tl.load(prefix_end + b_row, mask=m_b, other=0)
+    return tl.load(seq_lens + o_b, mask=m_b, other=0).to(tl.int32) - b_hidden
+
+
+@triton.jit
 def dense_slots_kernel(
     req_to_token,
     rows,
-    indptr,
+    seq_lens,
     prefix_end,
     recent_start,
+    indptr,
     slots,
     stride_req,
+    BB: tl.constexpr,
     BN: tl.constexpr,
 ):
     i_b, i_block = tl.program_id(0), tl.program_id(1)
+    # every program counts the entries before its own: cheaper than a launch that sums them
+    b_before = tl.zeros([BB], tl.int32)
+    for i_first in range(0, i_b, BB):
+        o_b = i_first + tl.arange(0, BB)
+        b_before += load_lens(rows, seq_lens, prefix_end, recent_start, o_b, o_b < i_b)
+    begin = tl.sum(b_before, 0)
+    length = load_lens(rows, seq_lens, prefix_end, recent_start, i_b, True)
+    if i_block == 0:
+        tl.store(indptr + i_b, begin)
+        tl.store(indptr + i_b + 1, begin + length)
     row = tl.load(rows + i_b).to(tl.int64)
-    begin, end = tl.load(indptr + i_b), tl.load(indptr + i_b + 1)
     prefix, recent = tl.load(prefix_end + row), tl.load(recent_start + row)
-    for i_n in range(i_block * BN, end - begin, tl.num_programs(1) * BN):
+    for i_n in range(i_block * BN, length, tl.num_programs(1) * BN):
         o_n = i_n + tl.arange(0, BN)
-        m_n = o_n < end - begin
+        m_n = o_n < length
         # positions between prefix and window are not live: the window starts right behind the prefix
         b_position = tl.where(o_n < prefix, o_n, o_n - prefix + recent)
         b_slot = tl.load(req_to_token + row * stride_req + b_position, mask=m_n, other=0)
         tl.store(slots + begin + o_n, b_slot, mask=m_n)
 
 
-def dense_lens(tables: DeviceTables, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
-    """Tokens in the dense tier of each request: [B] int32; no sync."""
-    hidden = tables.recent_start[rows] - tables.prefix_end[rows]
-    return seq_lens.to(torch.int32) - hidden
-
-
-def write_dense_slots(
+def plan_dense_slots(
     req_to_token: torch.Tensor,
     tables: DeviceTables,
     rows: torch.Tensor,
+    seq_lens: torch.Tensor,
     indptr: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
     """Write the slots of each request's dense tier, `[0, prefix_end)` then `[recent_start, seq_len)`.
 
-    req_to_token: [R, T] int32; rows: [B] integer; indptr: [B + 1] int32, prefix sum of `dense_lens`;
-    slots: [at least indptr[B]] int32, written. One launch, no sync, graph-safe.
+    req_to_token: [R, T] int32; rows: [B] integer; seq_lens: [B] integer, at least 1; indptr: [B + 1] int32, written;
+    slots: int32, written up to indptr[B]. One launch, no allocation, no sync, graph-safe.
     """
     assert req_to_token.stride(1) == 1, "rows of req_to_token must be contiguous"
     dense_slots_kernel[(rows.numel(), 4)](
         req_to_token,
         rows,
-        indptr,
+        seq_lens,
         tables.prefix_end,
         tables.recent_start,
+        indptr,
         slots,
         stride_req=req_to_token.stride(0),
+        BB=512,
         BN=1024,
     )

@@ -2,7 +2,7 @@
 
 `importance.measure_importance` with the mean over query heads and queries, and `Lists.value_distance`, are the
 specification. Keys are read twice: the first pass finds what each query's probabilities sum to, the second adds
-them up per candidate. Every sum has a fixed order, so the same inputs give the same bits.
+them up per candidate; values likewise. Every sum has a fixed order, so the same inputs give the same bits.
 """
 
 # mypy: allow-untyped-defs
@@ -17,7 +17,7 @@ import triton.language as tl
 from hardkv_sglang.importance import Importance
 from hardkv_sglang.selection import Lists
 
-SEGMENT = 512  # candidates of one program of the first pass
+SEGMENT = 512  # candidates of one program that sums
 
 
 @triton.jit
@@ -124,27 +124,43 @@ def importance_kernel(
     tl.store(mean_square + i_b * N + o_n, b_square / M, mask=o_n < N)
 
 
-@triton.jit(do_not_specialize=["N"])
-def value_distance_kernel(v, rows, padding, weights, distance, N, D: tl.constexpr, BN: tl.constexpr):
-    i_b = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["N", "S"])
+def value_sum_kernel(
+    v, rows, padding, weights, partial_sum, partial_total, N, S, D: tl.constexpr, SEGMENT: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = tl.load(padding + i_b)
-    start = first // BN * BN
+    start = i_s * SEGMENT
+    end = tl.minimum(start + SEGMENT, N)
     b_sum = tl.zeros([D], tl.float32)
     b_total = tl.zeros([BN], tl.float32)
-    for i_n in range(start, N, BN):
+    for i_n in range(tl.maximum(start, first // BN * BN), end, BN):
         o_n = i_n + tl.arange(0, BN)
-        m_n = (o_n < N) & (o_n >= first)
+        m_n = (o_n < end) & (o_n >= first)
         b_weight = tl.load(weights + i_b * N + o_n, mask=m_n, other=0.0)
         b_v = load_rows(v, rows, i_b, o_n, m_n, N, D).to(tl.float32)
         b_sum += tl.sum(b_v * b_weight[:, None], 0)
         b_total += b_weight
-    total = tl.sum(b_total, 0)
+    tl.store(partial_sum + (i_b * S + i_s) * D + tl.arange(0, D), b_sum)
+    tl.store(partial_total + i_b * S + i_s, tl.sum(b_total, 0))
+
+
+@triton.jit(do_not_specialize=["N", "S"])
+def value_distance_kernel(
+    v, rows, padding, partial_sum, partial_total, distance, N, S, D: tl.constexpr, BN: tl.constexpr
+):
+    i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b_sum = tl.zeros([D], tl.float32)
+    total = 0.0
+    for i_s in range(S):
+        b_sum += tl.load(partial_sum + (i_b * S + i_s) * D + tl.arange(0, D))
+        total += tl.load(partial_total + i_b * S + i_s)
     b_mean = b_sum / tl.where(total > 0, total, 1.0)
-    for i_n in range(0, N, BN):
-        o_n = i_n + tl.arange(0, BN)
-        m_n = (o_n < N) & (o_n >= first)
-        b_change = load_rows(v, rows, i_b, o_n, m_n, N, D).to(tl.float32) - b_mean[None, :]
-        tl.store(distance + i_b * N + o_n, tl.sum(b_change * b_change, 1), mask=o_n < N)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_n = (o_n < N) & (o_n >= tl.load(padding + i_b))
+    b_change = load_rows(v, rows, i_b, o_n, m_n, N, D).to(tl.float32) - b_mean[None, :]
+    tl.store(distance + i_b * N + o_n, tl.sum(b_change * b_change, 1), mask=o_n < N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +173,21 @@ class PooledLists(Lists):
     padding: torch.Tensor  # [B] int32, entries before a list's first candidate
 
     def value_distance(self, weights: torch.Tensor) -> torch.Tensor:
-        """See `Lists.value_distance`; float32. One launch, no sync."""
-        B, N = self.rows.shape
-        distance = torch.empty(B, N, dtype=torch.float32, device=weights.device)
-        value_distance_kernel[(B,)](
-            self.v_rows, self.rows, self.padding, weights.contiguous(), distance, N, D=self.v_rows.shape[1], BN=64,
-            num_warps=4,
-        )  # fmt: skip
+        """See `Lists.value_distance`; float32. Two launches, no sync, deterministic."""
+        (B, N), D = self.rows.shape, self.v_rows.shape[1]
+        S, device = max(1, triton.cdiv(N, SEGMENT)), weights.device
+        distance = torch.empty(B, N, dtype=torch.float32, device=device)
+        if B and N:
+            partial_sum = torch.empty(B, S, D, dtype=torch.float32, device=device)
+            partial_total = torch.empty(B, S, dtype=torch.float32, device=device)
+            value_sum_kernel[(B, S)](
+                self.v_rows, self.rows, self.padding, weights.contiguous(), partial_sum, partial_total, N, S, D=D,
+                SEGMENT=SEGMENT, BN=64, num_warps=4,
+            )  # fmt: skip
+            value_distance_kernel[(B, triton.cdiv(N, 64))](
+                self.v_rows, self.rows, self.padding, partial_sum, partial_total, distance, N, S, D=D, BN=64,
+                num_warps=4,
+            )  # fmt: skip
         return distance
 
 

@@ -23,12 +23,12 @@ from hardkv_sglang.importance import (
 from hardkv_sglang.policies.base import Policy
 from hardkv_sglang.policies.uniform import UniformPolicy
 from hardkv_sglang.selection import (
+    BoundCounts,
     Importance,
     Lists,
     Scored,
     Selection,
     ascending_order,
-    bound_counts,
     last_in_order,
     mass_kept,
     shared_top_p_set,
@@ -37,11 +37,11 @@ from hardkv_sglang.selection import (
 )
 
 
-def hardkv_policy(options: HardKVConfig, page_size: int) -> Policy:
+def hardkv_policy(options: HardKVConfig, page_size: int, bound: BoundCounts) -> Policy:
     """Top-p budgets, or its metric with one budget for all heads (`budget=uniform`)."""
     if options.budget == "uniform":
-        return UniformPolicy(options, options.metric)
-    return HardKVPolicy(options, page_size)
+        return UniformPolicy(options, options.metric, bound)
+    return HardKVPolicy(options, page_size, bound)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class HardKVPolicy(Policy):
 
     options: HardKVConfig
     page_size: int
+    bound: BoundCounts
 
     @property
     def metric(self) -> Metric:
@@ -85,7 +86,7 @@ class HardKVPolicy(Policy):
         options, valid, importance = self.options, scored.valid, scored.importance
         chosen, calibration = self._choose(scored, temperature)
         ranking = across_distributions(scored.scores, importance)
-        keep = bound_counts(chosen, ranking, valid, options.min_tokens, options.max_tokens, self.page_size)
+        keep = self.bound(chosen, ranking, valid, options.min_tokens, options.max_tokens, self.page_size)
         return Selection(keep, calibration.temperature, mass_kept(importance.mean, keep), calibration.infeasible)
 
     def _choose(self, scored: Scored, temperature: torch.Tensor | None) -> tuple[torch.Tensor, Calibration]:
@@ -93,19 +94,16 @@ class HardKVPolicy(Policy):
         valid, importance, top_p = scored.valid, scored.importance, self.options.top_p
         if top_p == 1.0:
             return valid, uncalibrated(valid)
-        order = ascending_order(scored.scores, valid[:, None, :])
-        mass, calibration = self._spread(scored, order, temperature)
+        mass, calibration = self._spread(scored, temperature)
         if self.options.budget == "shared":
             chosen = shared_top_p_set(mass[:, 0], valid, top_p)
         else:
-            chosen = top_p_set(mass, order, top_p).any(1)
+            chosen = top_p_set(mass, scored.order, top_p).any(1)
         if self.options.guarantee == "raw":
             chosen |= top_p_set(importance.mean, ascending_order(importance.mean, valid), top_p)
         return torch.where(importance.observed, chosen & valid, valid), calibration
 
-    def _spread(
-        self, scored: Scored, order: torch.Tensor, temperature: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Calibration]:
+    def _spread(self, scored: Scored, temperature: torch.Tensor | None) -> tuple[torch.Tensor, Calibration]:
         """The probabilities that Top-p acts on, [B, V, N], and the temperatures that gave them."""
         options, attention, valid = self.options, scored.importance.distributions, scored.valid
         if self.metric.unit == "probability":
@@ -120,7 +118,7 @@ class HardKVPolicy(Policy):
             calibration = uncalibrated(valid)
         else:
             by_attention = ascending_order(attention, valid[:, None, :])
-            target = last_in_order(order, top_p_counts(attention, by_attention, options.top_p))
+            target = last_in_order(scored.order, top_p_counts(attention, by_attention, options.top_p))
             fresh = calibrate(logits2, mass, target, options.top_p, options.temperature_limit)
             calibration = reuse(fresh, temperature)
         return calibrated_mass(logits2, mass, calibration.temperature), calibration

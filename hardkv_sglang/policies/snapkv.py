@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.policies.uniform import UniformPolicy
+from hardkv_sglang.selection import BoundCounts
 
 
-def snapkv_policy(options: HardKVConfig, page_size: int) -> UniformPolicy:
+def snapkv_policy(options: HardKVConfig, page_size: int, bound: BoundCounts) -> UniformPolicy:
     """Keep `uniform_tokens` candidates by pooled attention (SnapKV, arXiv 2404.14469)."""
     del page_size
-    return UniformPolicy(options, metric="snapkv")
+    return UniformPolicy(options, "snapkv", bound)

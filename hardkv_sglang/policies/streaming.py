@@ -9,7 +9,7 @@ import torch
 from hardkv_sglang.calibration import uncalibrated
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.policies.base import Policy
-from hardkv_sglang.selection import Importance, Lists, Scored, Selection, mass_kept
+from hardkv_sglang.selection import BoundCounts, Importance, Lists, Scored, Selection, mass_kept
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class StreamingPolicy(Policy):
         return Selection(keep, calibration.temperature, mass, calibration.infeasible)
 
 
-def streaming_policy(options: HardKVConfig, page_size: int) -> StreamingPolicy:
+def streaming_policy(options: HardKVConfig, page_size: int, bound: BoundCounts) -> StreamingPolicy:
     """Keep sinks and the recent window."""
-    del page_size
+    del page_size, bound
     return StreamingPolicy(options)

@@ -10,7 +10,7 @@ from hardkv_sglang.calibration import uncalibrated
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.importance import METRICS, across_distributions
 from hardkv_sglang.policies.base import Policy
-from hardkv_sglang.selection import Importance, Lists, Scored, Selection, bound_counts, mass_kept
+from hardkv_sglang.selection import BoundCounts, Importance, Lists, Scored, Selection, mass_kept
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class UniformPolicy(Policy):
 
     options: HardKVConfig
     metric: str
+    bound: BoundCounts
 
     @property
     def needs_keys(self) -> bool:
@@ -47,7 +48,7 @@ class UniformPolicy(Policy):
         del temperature
         valid, budget = scored.valid, self.options.uniform_tokens
         ranking = across_distributions(scored.scores, scored.importance)
-        keep = bound_counts(valid, ranking, valid, floor=budget, cap=budget)
+        keep = self.bound(valid, ranking, valid, budget, budget, 1)
         calibration = uncalibrated(valid)
         mass = mass_kept(scored.importance.mean, keep)
         return Selection(keep, calibration.temperature, mass, calibration.infeasible)

@@ -16,15 +16,19 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.kernels.bound import bound_counts
 from hardkv_sglang.kernels.condense import condense
-from hardkv_sglang.kernels.dense_slots import write_dense_slots
+from hardkv_sglang.kernels.dense_slots import plan_dense_slots
 from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
+from hardkv_sglang.kernels.list_candidates import list_candidates
 from hardkv_sglang.kernels.merge import merge_states
 from hardkv_sglang.kernels.observe import observe
+from hardkv_sglang.kernels.publish import publish
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, SplitTokens, plan_ragged_decode
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.step_plan import SelectOp
 
 OPTIONS = ("num_warps", "num_stages")
 TYPES = {
@@ -83,8 +87,15 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     queries = torch.zeros(4, 16 * group, head_dim, dtype=dtype)
     importance = measure_pooled(lists, lists.valid, queries, torch.zeros(4, 16 * group), 0.1)
     lists.value_distance(importance.mean)
+    op = SelectOp(
+        state=None, row=1, prefix_end=32, condensed_end=32, old_recent_start=64, recent_start=96, first_query=100,
+        seq_len=104, condensed_list_bound=40, recalibrate=False, ring_slot=0,
+    )  # fmt: skip
+    found = list_candidates(layout, tables, req_to_token, op, slice(0, 2))
+    keep = bound_counts(found.valid, torch.zeros(found.valid.shape), found.valid, 8, 64, 32)
+    publish(tables, op, keep, torch.zeros(4))
     slots = torch.zeros(64, dtype=torch.int32)
-    write_dense_slots(req_to_token, tables, rows, torch.zeros(3, dtype=torch.int32), slots)
+    plan_dense_slots(req_to_token, tables, rows, seq_lens, torch.zeros(3, dtype=torch.int32), slots)
 
 
 def main() -> None:

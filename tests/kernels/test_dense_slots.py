@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from hardkv_sglang.kernels import reference
-from hardkv_sglang.kernels.dense_slots import dense_lens, write_dense_slots
+from hardkv_sglang.kernels.dense_slots import plan_dense_slots
 
 # (prefix_end, recent_start, seq_len); an uncompressed row has neither prefix nor window start
 ROWS = [
@@ -21,7 +23,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("order", [[1], [1, 2, 3], [8, 0, 5, 7, 0, 4, 6, 1]])
+@pytest.mark.parametrize("order", [[1], [1, 2, 3], [8, 0, 5, 7, 0, 4, 6, 1], [3, 0, 7, 1] * 150])
 def test_dense_slots(make_case, order: list[int]) -> None:
     case = make_case(torch.zeros(1, 9, 1, dtype=torch.int64), torch.zeros(1, 9, 1, dtype=torch.int64))
     device, tables = case.k.device, case.tables
@@ -31,10 +33,10 @@ def test_dense_slots(make_case, order: list[int]) -> None:
     lens = [1, *(seq_len for _, _, seq_len in ROWS)]  # row 0 pads with length 1
     rows = torch.tensor(order, device=device)
     seq_lens = torch.tensor([lens[row] for row in order], device=device)
-    indptr = torch.zeros(len(order) + 1, dtype=torch.int32, device=device)
-    torch.cumsum(dense_lens(tables, rows, seq_lens), 0, dtype=torch.int32, out=indptr[1:])
-    slots = torch.full((int(indptr[-1]) + 5,), -1, dtype=torch.int32, device=device)
-    write_dense_slots(req_to_token, tables, rows, indptr, slots)
     want = [reference.dense_slots(req_to_token, tables, row, lens[row]) for row in order]
+    indptr = torch.full((len(order) + 1,), -1, dtype=torch.int32, device=device)
+    slots = torch.full((sum(map(len, want)) + 5,), -1, dtype=torch.int32, device=device)
+    plan_dense_slots(req_to_token, tables, rows, seq_lens, indptr, slots)
+    assert indptr.tolist() == [0, *itertools.accumulate(map(len, want))]
     assert torch.equal(slots[:-5], torch.cat(want))
     assert (slots[-5:] == -1).all()

@@ -7,6 +7,7 @@ layer and head, which positions must be attended. Attention and LSE of every ste
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,18 +15,29 @@ import torch
 
 from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SettledCounts
-from hardkv_sglang.kernels import reference
+from hardkv_sglang.kernels import bound, publish, reference, reference_publish
+from hardkv_sglang.kernels.list_candidates import list_candidates
 from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.policies import make_policy
 from hardkv_sglang.request_state import RequestState
 from hardkv_sglang.scoring import PooledScorer, TorchScorer
-from hardkv_sglang.selection import Scored
+from hardkv_sglang.selection import Scored, bound_counts
 from hardkv_sglang.step_plan import SelectOp
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L, H, G, D, PAGE, ROW = 2, 2, 3, 16, 32, 1
 SCALE = D**-0.5
 OPTIONS = HardKVConfig(recent_tokens=32, query_window=16, select_interval=32, condense_interval=64, min_tokens=4)
+
+
+@pytest.fixture(autouse=True)
+def everything_on_the_device() -> Iterator[None]:
+    """With a GPU the whole simulation runs there, with the kernels that a server uses."""
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device("cpu")
 
 
 @dataclass
@@ -40,10 +52,10 @@ class Simulation:
     events: list[SelectOp] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.random = torch.Generator().manual_seed(self.seed)
+        self.random = torch.Generator(DEVICE).manual_seed(self.seed)
         self.layout = PoolLayout(L, H, D, PAGE, PAGE * 64)
         self.cfg = ResolvedConfig(self.options, self.layout, H * G, SCALE, 3, 1024)
-        self.tables = DeviceTables.allocate(self.cfg, torch.float32, "cpu")
+        self.tables = DeviceTables.allocate(self.cfg, torch.float32, DEVICE)
         self.k, self.v = (torch.full((L, self.layout.num_slots, H, D), math.nan) for _ in range(2))
         # everything unwritten is poison but the padding page, which real servers write dummy tokens to
         self.k[:, :PAGE], self.v[:, :PAGE] = 0, 0
@@ -196,19 +208,73 @@ class CheckedScorer(PooledScorer):
 
     def score_layers(self, op: SelectOp, layers: slice) -> Scored:
         pooled, defined = super().score_layers(op, layers), TorchScorer(self.reader).score_layers(op, layers)
+        self.check_candidates(op, layers)
         assert torch.equal(pooled.valid, defined.valid)
         torch.testing.assert_close(pooled.importance.mean, defined.importance.mean, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(pooled.scores, defined.scores, rtol=1e-3, atol=1e-6)
         return pooled
 
+    def check_candidates(self, op: SelectOp, layers: slice) -> None:
+        reader = self.reader
+        found = list_candidates(reader.cfg.layout, reader.tables, reader.req_to_token, op, layers)
+        padding = reader.padding(op, layers)
+        rows = reader.rows(op, layers, padding)
+        valid = reader.exist(rows, padding)
+        assert torch.equal(found.padding.long(), padding.flatten())
+        assert torch.equal(found.valid, valid)
+        assert torch.equal(found.attended, reader.attended(op, layers))
+        assert torch.equal(found.rows[valid], rows[valid])
+        assert 0 <= int(found.rows.min()) <= int(found.rows.max()) < len(reader.k_rows)
 
-@pytest.mark.parametrize("options", [{}, {"metric": "rkv"}, {"metric": "snapkv"}, {"policy": "streaming"}], ids=str)
-def test_scoring_in_the_pool_agrees_with_the_definition(options: dict[str, object]) -> None:
+
+def checked_bound(
+    chosen: torch.Tensor, importance: torch.Tensor, valid: torch.Tensor, floor: int, cap: int | None, unit: int
+) -> torch.Tensor:
+    """Bounds by kernel and compares with the definition."""
+    keep = bound.bound_counts(chosen, importance, valid, floor, cap, unit)
+    assert torch.equal(keep, bound_counts(chosen, importance, valid, floor, cap, unit))
+    return keep
+
+
+def checked_publish(tables: DeviceTables, op: SelectOp, keep: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Publishes by kernel and compares with the definition."""
+    expected = DeviceTables(**{name: getattr(tables, name).clone() for name in vars(tables)})
+    num_kept = publish.publish(tables, op, keep, temperature)
+    assert torch.equal(num_kept, reference_publish.publish(expected, op, keep, temperature))
+    listed = torch.arange(tables.sparse_positions.shape[-1]) < tables.num_sparse[..., None]
+    for lists in (tables, expected):
+        lists.sparse_positions.masked_fill_(~listed, -1)  # behind a list's end there may be anything
+    for name in vars(tables):
+        assert torch.equal(getattr(tables, name), getattr(expected, name)), name
+    return num_kept
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"metric": "rkv"}, {"metric": "snapkv"}, {"policy": "streaming"}, {"max_tokens": 64}, {"budget": "per_head"}],
+    ids=str,
+)
+def test_kernels_agree_with_the_definition(options: dict[str, object]) -> None:
     simulation = Simulation(OPTIONS.with_options(top_p=0.8, **options))
-    simulation.executor.scorer = CheckedScorer(simulation.executor.reader)
+    executor = simulation.executor
+    executor.scorer = CheckedScorer(executor.reader)
+    executor.policy = make_policy(simulation.options, PAGE, checked_bound)
+    executor.publish = checked_publish
     simulation.run(33, 230)
     assert simulation.selects >= 4
     assert simulation.condenses >= 2
+
+
+def test_warm_up_leaves_no_trace() -> None:
+    simulation = Simulation(OPTIONS.with_options(top_p=0.8))
+    simulation.executor.warm_up()
+    tables = simulation.tables
+    for lengths in (tables.num_condensed, tables.num_sparse, tables.prefix_end, tables.recent_start):
+        assert not lengths.any()
+    assert (tables.ring_slot == -1).all()
+    assert simulation.k[:, PAGE:].isnan().all()
+    simulation.run(33, 150)
+    assert simulation.condenses >= 1
 
 
 def test_p_one_attends_everything() -> None:
