@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from inputs import Inputs, Shape, build
 from timing import copy_bandwidth, percentiles, replay_times
 
 from hardkv_sglang.kernels import reference
-from hardkv_sglang.kernels.merge import merge_states
 from hardkv_sglang.kernels.ragged_decode import Tuning, ragged_decode
 from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, SplitTokens, plan_ragged_decode
 
@@ -49,44 +47,37 @@ class Op:
         split = split or SplitTokens.by_load()
         heads, batch = inputs.shape.num_q_heads, inputs.shape.batch
         self.workspace = RaggedWorkspace.allocate(layout, heads, batch, most, "cuda", split)
-        self.o = torch.empty_like(inputs.q[0])
-        self.lse2 = torch.empty(inputs.q.shape[1:3], device="cuda")
-        self.dense = torch.randn_like(self.o), torch.randn_like(self.lse2)
+        self.state = torch.randn_like(inputs.q[0]), torch.randn(inputs.q.shape[1:3], device="cuda")
 
     def plan(self) -> None:
         plan_ragged_decode(self.workspace, self.inputs.cfg.layout, self.inputs.tables, self.inputs.rows)
 
-    def layer(self, layer: int, merge: str) -> None:
+    def layer(self, layer: int) -> None:
         x = self.inputs
         ragged_decode(
             self.workspace, x.cfg.layout, x.tables, x.req_to_token, x.k, x.v, layer, x.q[layer],
-            x.cfg.softmax_scale, (self.o, self.lse2), self.dense if merge == "fused" else None, self.tuning,
+            x.cfg.softmax_scale, self.state, self.tuning,
         )  # fmt: skip
-        if merge == "separate":
-            merge_states((self.o, self.lse2), self.dense, (self.o, self.lse2))
 
-    def all_layers(self, merge: str = "fused") -> None:
+    def all_layers(self) -> None:
         for layer in range(self.inputs.shape.layers):
-            self.layer(layer, merge)
+            self.layer(layer)
 
     def check(self) -> None:
-        """Both forms of the merge against the float64 reference, on a few requests of the last layer."""
+        """Against the float64 reference, on a few requests of the last layer."""
         x, layer = self.inputs, self.inputs.shape.layers - 1
         self.plan()
-        for merge in ("fused", "separate"):
-            self.o.fill_(torch.nan)
-            self.layer(layer, merge)
-            assert not self.o.isnan().any()
-            for b in range(0, x.shape.batch, max(1, x.shape.batch // 5)):
-                row = int(x.rows[b])
-                used, counts = reference.ragged_rows(x.cfg.layout, x.tables, x.req_to_token, layer, row)
-                k, v = (s.view(-1, x.shape.head_dim)[used].double() for s in (x.k, x.v))
-                state = reference.attend(x.q[layer, b].double(), k, v, counts, x.cfg.softmax_scale)
-                dense = self.dense[0][b].double(), self.dense[1][b].double()
-                o, lse2 = reference.merge_states(state, dense)
-                error = float((self.o[b].double() - o).norm() / o.norm())
-                assert error < 6e-3, f"{x.shape.name}: relative error {error}"
-                torch.testing.assert_close(self.lse2[b].double(), lse2, rtol=0, atol=1e-3)
+        before = [tensor.normal_().clone() for tensor in self.state]
+        self.layer(layer)
+        for b in range(0, x.shape.batch, max(1, x.shape.batch // 5)):
+            row = int(x.rows[b])
+            used, counts = reference.ragged_rows(x.cfg.layout, x.tables, x.req_to_token, layer, row)
+            k, v = (s.view(-1, x.shape.head_dim)[used].double() for s in (x.k, x.v))
+            lists = reference.attend(x.q[layer, b].double(), k, v, counts, x.cfg.softmax_scale)
+            o, lse2 = reference.merge_states(lists, (before[0][b].double(), before[1][b].double()))
+            error = float((self.state[0][b].double() - o).norm() / o.norm())
+            assert error < 6e-3, f"{x.shape.name}: relative error {error}"
+            torch.testing.assert_close(self.state[1][b].double(), lse2, rtol=0, atol=1e-3)
 
 
 def flashinfer_dense(inputs: Inputs, merge: bool) -> list[float] | None:
@@ -129,9 +120,6 @@ def measure(shape: Shape, bandwidth: float, with_flashinfer: bool) -> dict[str, 
     p50 = row["p50_us"]
     row["tb_per_s"] = round(inputs.layer_bytes / p50 / 1e6, 2)
     row["copy_share"] = round(inputs.layer_bytes / p50 * 1e6 / bandwidth, 3)
-    for merge in ("none", "separate"):
-        times = replay_times(partial(op.all_layers, merge), shape.layers)
-        row[f"merge_{merge}_p50_us"] = percentiles(times)["p50_us"]
     row["plan_p50_us"] = percentiles(replay_times(op.plan, 1))["p50_us"]
     if with_flashinfer:
         for name, merge in (("flashinfer_p50_us", False), ("flashinfer_merge_p50_us", True)):

@@ -144,9 +144,8 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
             index,
             queries,
             layer.scaling,
-            out=state,
-            dense=state,
-            tuning=self.hardkv_tuning,
+            state,
+            self.hardkv_tuning,
         )
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
         observe(tables, index, rows, seq_lens, queries, state[1])

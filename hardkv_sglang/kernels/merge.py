@@ -61,31 +61,18 @@ def reduce_splits(
 
 
 @triton.jit
-def store_state(
-    b_o,
-    b_lse2,
-    i_list,
-    o,
-    lse2,
-    o_dense,
-    lse2_dense,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BG: tl.constexpr,
-    HAS_DENSE: tl.constexpr,
-):
-    """Write the state `[BG, D]`, `[BG]` of one list, merged with the dense state if there is one."""
+def merge_into(b_o, b_lse2, i_list, o, lse2, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr):
+    """Merge the state `[BG, D]`, `[BG]` of one list into the one in memory."""
     o_g = tl.arange(0, BG)
     m_g = o_g < G
     # query heads of a list are adjacent: head index h * G + g
     o_hq = i_list.to(tl.int64) * G + o_g
     o_od = o_hq[:, None] * D + tl.arange(0, D)[None, :]
-    if HAS_DENSE:
-        b_o_dense = tl.load(o_dense + o_od, mask=m_g[:, None], other=0.0).to(tl.float32)
-        b_lse2_dense = tl.load(lse2_dense + o_hq, mask=m_g, other=EMPTY)
-        # the output may be the dense state itself: no thread may write before all have read
-        tl.debug_barrier()
-        b_o, b_lse2 = merge_pair(b_o, b_lse2, b_o_dense, b_lse2_dense)
+    b_o_there = tl.load(o + o_od, mask=m_g[:, None], other=0.0).to(tl.float32)
+    b_lse2_there = tl.load(lse2 + o_hq, mask=m_g, other=EMPTY)
+    # no thread may write before all have read
+    tl.debug_barrier()
+    b_o, b_lse2 = merge_pair(b_o, b_lse2, b_o_there, b_lse2_there)
     tl.store(o + o_od, b_o.to(o.dtype.element_ty), mask=m_g[:, None])
     tl.store(lse2 + o_hq, b_lse2, mask=m_g)
 

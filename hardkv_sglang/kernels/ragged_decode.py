@@ -1,8 +1,8 @@
 """Decode attention over the condensed and sparse lists of a batch: split-KV on a persistent grid.
 
 `plan_ragged_decode`, once per step, cuts the lists of all layers into splits. `ragged_decode`, one launch per
-layer, runs a persistent grid over them; the program that finishes a list last merges its splits, and the dense
-state if there is one. Splits are merged in order, whoever does it: the same batch gives the same bits. With fixed
+layer, runs a persistent grid over them; the program that finishes a list last merges its splits into the state of the
+other tiers. Splits are merged in order, whoever does it: the same batch gives the same bits. With fixed
 splits and one `Tuning` a request's results do not depend on what else is in the batch.
 """
 
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hardkv_sglang.kernels.merge import EMPTY, State, reduce_splits, store_state
+from hardkv_sglang.kernels.merge import EMPTY, State, merge_into, reduce_splits
 from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, load_item
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
@@ -57,8 +57,6 @@ def ragged_decode_kernel(
     v,
     o,
     lse2,
-    o_dense,
-    lse2_dense,
     items,
     num_items,
     partial_o,
@@ -84,7 +82,6 @@ def ragged_decode_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BG: tl.constexpr,
-    HAS_DENSE: tl.constexpr,
 ):
     i_l = tl.cast(i_l, tl.int64)
     o_m = tl.arange(0, BM)
@@ -147,11 +144,10 @@ def ragged_decode_kernel(
                 b_index += BN
                 b_position = tl.load(p_positions + b_index, mask=b_index < end_sparse, other=0)
                 b_top, b_total, b_acc = attend_block(b_q, b_k, b_v, m_n, b_top, b_total, b_acc, scale_log2)
-        b_total = tl.where(end > start, b_total, 1.0)
         b_o = b_acc * (1.0 / b_total)[:, None]
         b_lse2 = b_top + tl.log2(b_total)
         if num_splits == 1:
-            store_state(b_o, b_lse2, i_list, o, lse2, o_dense, lse2_dense, G, D, BM, HAS_DENSE)
+            merge_into(b_o, b_lse2, i_list, o, lse2, G, D, BM)
         else:
             o_part = tl.cast(i_item, tl.int64) * G + o_m
             tl.store(partial_o + o_part[:, None] * D + o_d[None, :], b_o, mask=m_m[:, None])
@@ -163,7 +159,7 @@ def ragged_decode_kernel(
                 tl.atomic_xchg(arrivals + i_list, 0, sem="acquire")
                 tl.debug_barrier()
                 b_o_list, b_lse2_list = reduce_splits(partial_o, partial_lse2, first_item, num_splits, G, D, BG, 8)
-                store_state(b_o_list, b_lse2_list, i_list, o, lse2, o_dense, lse2_dense, G, D, BG, HAS_DENSE)
+                merge_into(b_o_list, b_lse2_list, i_list, o, lse2, G, D, BG)
 
 
 @dataclass(frozen=True)
@@ -203,27 +199,25 @@ def ragged_decode(
     layer: int,
     q: torch.Tensor,
     scale: float,
-    out: State,
-    dense: State | None = None,
+    state: State,
     tuning: Tuning | None = None,
 ) -> None:
-    """Attention of one query token per request over its condensed and sparse lists, merged with `dense`.
+    """Merge the attention of one query token per request over its condensed and sparse lists into `state`.
 
     The rows of the batch are those of the last `plan_ragged_decode` on this workspace, with the same batch size;
     changed counts need a new plan.
 
     req_to_token: [R, T] integer slots; k_storage, v_storage: [L, S, H, D] contiguous, the whole pool; q: [B, HQ, D],
-    D 64, 128 or 256, strided in B at most; out: (o [B, HQ, D], any float dtype, lse2 [B, HQ] float32) to write;
-    dense: such a state over other tokens, may be `out` itself.
+    D 64, 128 or 256, strided in B at most; state: (o [B, HQ, D], any float dtype, lse2 [B, HQ] float32) over the other
+    tokens, zeros and `EMPTY_LSE2` if there are none.
     tuning: launch parameters; by default they depend on B, so pass one for bits that do not.
-    Guarantees: one launch, graph-safe, no allocation, no sync; deterministic; float32 accumulation. A request
-    without listed tokens gets zeros and `EMPTY_LSE2`, or bit by bit its dense state.
+    Guarantees: one launch, graph-safe, no allocation, no sync; deterministic; float32 accumulation. The
+    state of a request without listed tokens is not touched.
     """
     B, HQ, D = q.shape
     H = layout.num_kv_heads
-    for state in (out, dense or out):
-        assert state[0].is_contiguous() and state[1].is_contiguous(), "states must be contiguous"
-        assert state[0].shape == q.shape and state[1].dtype == torch.float32, "o: shape of q; lse2: float32"
+    assert state[0].is_contiguous() and state[1].is_contiguous(), "the state must be contiguous"
+    assert state[0].shape == q.shape and state[1].dtype == torch.float32, "o: shape of q; lse2: float32"
     assert k_storage.is_contiguous() and v_storage.is_contiguous(), "the pool must be contiguous"
     assert q.stride(2) == 1 and q.stride(1) == D and D in (64, 128, 256), "q must be [B, HQ, D], D 64, 128 or 256"
     assert q.dtype == k_storage.dtype == v_storage.dtype, "q and the pool must have one dtype"
@@ -235,8 +229,7 @@ def ragged_decode(
         q,
         k_storage,
         v_storage,
-        *out,
-        *(dense or out),
+        *state,
         workspace.items,
         workspace.num_items,
         workspace.partial_o,
@@ -262,7 +255,6 @@ def ragged_decode(
         BM=max(16, triton.next_power_of_2(HQ // H)),
         BN=min(tuning.block_tokens, 2 * layout.page_size),
         BG=triton.next_power_of_2(HQ // H),
-        HAS_DENSE=dense is not None,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )

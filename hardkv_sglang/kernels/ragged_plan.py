@@ -55,13 +55,10 @@ def load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H
 
 @triton.jit
 def split_geometry(b_len, split, SPLITS: tl.constexpr):
-    """Number of splits and tokens per split of lists of that length.
-
-    An empty list has one empty split, because somebody has to write its output.
-    """
+    """Number of splits and tokens per split of lists of that length; an empty list has none."""
     b_splits = tl.minimum(tl.maximum(tl.cdiv(b_len, split), 1), SPLITS)
     b_size = tl.maximum(tl.cdiv(tl.cdiv(b_len, b_splits), SPLIT_ALIGN), 1) * SPLIT_ALIGN
-    return tl.maximum(tl.cdiv(b_len, b_size), 1), b_size
+    return tl.cdiv(b_len, b_size), b_size
 
 
 @triton.jit

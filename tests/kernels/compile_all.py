@@ -72,7 +72,7 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     workspace = RaggedWorkspace.allocate(layout, 2 * group, 4, 1024, "cpu", SplitTokens.by_load())
     plan_ragged_decode(workspace, layout, tables, rows)
     state = (torch.zeros_like(q), lse2)
-    ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, out=state, dense=state)
+    ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, state)
     observe(tables, 1, rows, seq_lens, q, lse2)
     merge_states(state, state, state)
     condense(k, v, layout, tables, req_to_token, rows, torch.zeros(2, 3, dtype=torch.int64))

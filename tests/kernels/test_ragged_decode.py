@@ -30,14 +30,14 @@ def workspace_for(case, max_batch: int = 8, max_list_tokens: int = 4096, split=N
     return RaggedWorkspace.allocate(case.layout, heads, max_batch, max_list_tokens, device, split)
 
 
-def run(case, workspace, rows, q, layer, o_dtype=None, dense=None, tuning=None):
-    """Plan and decode into poisoned outputs."""
-    o = torch.full(q.shape, torch.nan, dtype=o_dtype or torch.float32, device=q.device)
-    lse2 = torch.full(q.shape[:2], torch.nan, device=q.device)
+def run(case, workspace, rows, q, layer, o_dtype=None, tuning=None):
+    """Plan and decode into an empty state."""
+    o = torch.zeros(q.shape, dtype=o_dtype or torch.float32, device=q.device)
+    lse2 = torch.full(q.shape[:2], EMPTY_LSE2, device=q.device)
     args = (workspace, case.layout, case.tables)
     plan_ragged_decode(*args, rows)
     pool = (case.req_to_token, case.k, case.v)
-    ragged_decode(*args, *pool, layer, q, case.cfg.softmax_scale, (o, lse2), dense, tuning)
+    ragged_decode(*args, *pool, layer, q, case.cfg.softmax_scale, (o, lse2), tuning)
     assert not workspace.arrivals.any()
     return o, lse2
 
@@ -79,27 +79,21 @@ def test_ragged_decode(make_case, group: int, heads: int, head_dim: int, page_si
     assert_matches(case, rows, q, 1, *run(case, workspace_for(case), rows, q, layer=1))
 
 
-def test_ragged_decode_with_dense(make_case) -> None:
-    """The merge with a dense state is fused; an empty list returns that state bit by bit; q may be strided."""
+def test_ragged_decode_merges_into_the_state(make_case) -> None:
+    """What other tokens gave is merged; that of a request without lists keeps every bit; q may be strided."""
     case = make_case(draw_lengths(1, 4, 2, SIZES, 3), draw_lengths(1, 4, 2, [0, 20], 4), dtype=torch.float16)
     rows = torch.tensor([0, 3, 2, 1], device=case.k.device)
     q = queries(case, rows)
     packed = torch.cat((q, q), 1)[:, : q.shape[1]]
     o_dense = torch.randn_like(q)
     lse2_dense = 8 + torch.randn(q.shape[:2], device=q.device)
-    want = o_dense[0].clone(), lse2_dense[0].clone()
-    o, lse2 = run(case, workspace_for(case), rows, packed, 0, torch.float16, (o_dense, lse2_dense))
-    assert torch.equal(o[0], want[0])
-    assert torch.equal(lse2[0], want[1])
-    in_place = o_dense.clone(), lse2_dense.clone()
-    pool = (case.req_to_token, case.k, case.v)
+    o, lse2 = o_dense.clone(), lse2_dense.clone()
     workspace = workspace_for(case)
     plan_ragged_decode(workspace, case.layout, case.tables, rows)
-    ragged_decode(
-        workspace, case.layout, case.tables, *pool, 0, packed, case.cfg.softmax_scale, in_place, in_place
-    )  # fmt: skip
-    assert torch.equal(in_place[0], o)
-    assert torch.equal(in_place[1], lse2)
+    pool, scale = (case.req_to_token, case.k, case.v), case.cfg.softmax_scale
+    ragged_decode(workspace, case.layout, case.tables, *pool, 0, packed, scale, (o, lse2))
+    assert torch.equal(o[0], o_dense[0])
+    assert torch.equal(lse2[0], lse2_dense[0])
     for b, row in enumerate(rows.tolist()):
         dense = o_dense[b].double(), lse2_dense[b].double()
         want_o, want_lse2 = reference.merge_states(case.oracle(q[b], 0, row), dense)
@@ -242,7 +236,8 @@ def test_ragged_decode_graph_follows_tables(make_case) -> None:
         q.normal_()
         for table, most in zip((case.tables.num_condensed, case.tables.num_sparse), full, strict=True):
             table.copy_((most * torch.rand(most.shape, device=most.device)).int())
-        o.fill_(torch.nan)
+        o.zero_()
+        lse2.fill_(EMPTY_LSE2)
         graph.replay()
         replayed = o.clone(), lse2.clone()
         eager = run(case, workspace, rows, q, 0)
