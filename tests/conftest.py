@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """Folder of the demo model, converted on first use."""
-    return demo_model_path()
+    """Folder of the demo model, converted on first use; or another model, for kernels that only it has."""
+    given = os.environ.get("HARDKV_TEST_MODEL")
+    return Path(given) if given else demo_model_path()
 
 
 @pytest.fixture(scope="session")

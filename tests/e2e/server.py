@@ -13,7 +13,7 @@ from hardkv_sglang.server_process import Flags, ServerError, ServerProcess
 # with a GPU as in production: CUDA graphs and FlashInfer, which takes 16-bit types only
 DEVICE_FLAGS: Flags = (
     {
-        "dtype": "float16",
+        "dtype": "bfloat16",
         "attention-backend": "flashinfer",
         "mem-fraction-static": 0.15,
         "cuda-graph-max-bs-decode": 16,
