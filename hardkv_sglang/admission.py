@@ -16,7 +16,7 @@ from hardkv_sglang.request_state import RequestState
 
 
 class Admission:
-    """Admits a request if the forecast peak of all requests leaves the pages that relief needs to act."""
+    """Admits a request if the forecast peak of all requests leaves room for the largest copy."""
 
     def __init__(self, planner: LifecyclePlanner, relief: PressureRelief, states: Mapping[str, RequestState]) -> None:
         self.planner = planner
@@ -40,9 +40,13 @@ class Admission:
         return peak + self._reserve([*running, *admitted, req]) <= free_tokens
 
     def _reserve(self, reqs: Sequence[Any]) -> int:
+        """Tokens that stay free at the peak: a condense event must be able to copy before it frees.
+
+        What relief looks ahead over beyond that is not set aside: it then runs some events early, which costs less than
+        the requests that would have to wait.
+        """
         views = [(self.states[r.rid], compat.committed_len(r)) for r in reqs if r.rid in self.states]
-        pages = self.relief.reserve(views, [compat.num_tokens(r) for r in reqs])
-        return pages * self.layout.page_size
+        return self.relief.copy_pages(views) * self.layout.page_size
 
     def _running_outlook(self, req: Any) -> Outlook:
         state = self.states.get(req.rid)

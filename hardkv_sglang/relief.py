@@ -44,8 +44,11 @@ class PressureRelief:
 
         views: requests under compression; seq_lens: lengths of all running requests.
         """
-        copy = max((self.survivors(*view) for view in views), default=0)
-        return copy + sum(self.pages_opened(seq_len) for seq_len in seq_lens)
+        return self.copy_pages(views) + sum(self.pages_opened(seq_len) for seq_len in seq_lens)
+
+    def copy_pages(self, views: Iterable[View]) -> int:
+        """Token pages that the largest condense event to come copies into."""
+        return max((self.survivors(*view) for view in views), default=0)
 
     def pages_opened(self, seq_len: int) -> int:
         """Token pages that a request takes in the steps ahead."""

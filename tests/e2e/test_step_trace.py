@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,14 +13,18 @@ from e2e.compressed import STOCK, compressed, decode, hardkv_state, prompt_ids
 from bench.serving.step_trace import StepTrace, profile_steps
 from hardkv_sglang.server_process import ServerProcess as Server
 
-STEPS, REQUESTS = 20, 8
+STEPS, REQUESTS, TOKENS = 20, 4, 400
 
 
 def trace_decode(server: Server, folder: Path) -> StepTrace:
-    """Trace of some steps of requests that all decode; the first run of them warms up."""
+    """Trace of some steps in which all requests decode; a first run of them warms up."""
     with ThreadPoolExecutor(REQUESTS) as executor:
         for _ in range(2):
-            futures = [executor.submit(decode, server, prompt_ids(40, seed=i), 150) for i in range(REQUESTS)]
+            before = len(server.log_text())
+            futures = [executor.submit(decode, server, prompt_ids(40, seed=i), TOKENS) for i in range(REQUESTS)]
+            while f"Decode batch, #running-req: {REQUESTS}," not in server.log_text()[before:]:
+                assert not any(future.done() for future in futures), "the requests never ran together"
+                time.sleep(0.01)
             trace = profile_steps(server, STEPS, folder)
             for future in futures:
                 future.result()
@@ -29,7 +34,7 @@ def trace_decode(server: Server, folder: Path) -> StepTrace:
 @pytest.mark.gpu
 def test_steps_without_events_neither_wait_nor_allocate(server_for: Callable[..., Server], tmp_path: Path) -> None:
     # queries are recorded from the first step on, and no event comes within the trace
-    options = {"recent_tokens": 256, "query_window": 256, "select_interval": 256, "condense_interval": 256}
+    options = {"recent_tokens": 512, "query_window": 512, "select_interval": 512, "condense_interval": 512}
     ours = server_for(compressed(options))
     trace = trace_decode(ours, tmp_path / "ours")
     assert hardkv_state(ours)["select_events"] == 0

@@ -123,17 +123,13 @@ def test_ragged_decode_independent_of_batch(make_case) -> None:
 def test_splits_grow_with_the_load(make_case, tokens: int, expected: int) -> None:
     """Small, middle-sized and large splits by the tokens that a multiprocessor has in a layer, each correct."""
     lists = torch.zeros(1, 3, 2, dtype=torch.int64)
-    split = SplitTokens(64, 128, 256)
-    workspace = workspace_for(make_case(lists, lists), split=split)
-    lists[0, 1:] = tokens * workspace.num_multiprocessors // 4
+    lists[0, 1:] = length = tokens // 4
     case = make_case(lists, torch.zeros_like(lists))
-    workspace = workspace_for(case, split=split, max_list_tokens=int(lists.max()))
+    workspace = replace(workspace_for(case, split=SplitTokens(64, 128, 256)), num_multiprocessors=1)
     rows = torch.tensor([1, 2], device=case.k.device)
     q = queries(case, rows)
     assert_matches(case, rows, q, 0, *run(case, workspace, rows, q, 0))
-    length = int(lists.max())
-    splits = min(triton.cdiv(length, expected), workspace.max_splits)
-    size = 64 * triton.cdiv(triton.cdiv(length, splits), 64)
+    size = 64 * triton.cdiv(triton.cdiv(length, triton.cdiv(length, expected)), 64)
     assert int(workspace.num_items[0]) == 4 * triton.cdiv(length, size)
 
 
