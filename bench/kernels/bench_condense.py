@@ -10,7 +10,6 @@ Launches are eager, as in the runtime.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from inputs import Inputs, Shape, build
+from report import write_report
 from timing import copy_bandwidth, event_times, percentiles
 
 from hardkv_sglang.kernels import reference_condense
@@ -91,7 +91,7 @@ def main() -> None:
         print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
         torch.cuda.empty_cache()
     if args.json:
-        args.json.write_text(json.dumps({"copy_bytes_per_s": bandwidth, "rows": rows}, indent=1))
+        write_report(args.json, rows, bandwidth)
 
 
 if __name__ == "__main__":

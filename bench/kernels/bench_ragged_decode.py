@@ -8,7 +8,6 @@ A graph of one call per layer over layers with their own data is replayed; times
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from inputs import Inputs, Shape, build
+from report import write_report
 from timing import copy_bandwidth, percentiles, replay_times
 
 from hardkv_sglang.kernels import reference
@@ -163,12 +163,7 @@ def main() -> None:
         print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
         torch.cuda.empty_cache()
     if args.json:
-        meta = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "copy_bytes_per_s": bandwidth,
-        }
-        args.json.write_text(json.dumps(meta | {"rows": rows}, indent=1))
+        write_report(args.json, rows, bandwidth)
 
 
 if __name__ == "__main__":

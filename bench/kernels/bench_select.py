@@ -9,7 +9,6 @@ torch definition, which is timed as well. Beside the device time stands what the
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from inputs import Inputs, Shape, build
-from timing import event_times, percentiles
+from report import write_report
+from timing import copy_bandwidth, event_times, percentiles
 
 from hardkv_sglang.events import EventExecutor
 from hardkv_sglang.policies import make_policy
@@ -106,7 +106,7 @@ def main() -> None:
         print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
         torch.cuda.empty_cache()
     if args.json:
-        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+        write_report(args.json, rows, copy_bandwidth())
 
 
 if __name__ == "__main__":
