@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from hardkv_sglang import compat
-from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
 from hardkv_sglang.memory_pool.layout import head_pages_needed
-from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.request_state import RequestState
 
 
@@ -19,10 +18,8 @@ from hardkv_sglang.request_state import RequestState
 class Audit:
     """Reads what planner, executor and SGLang wrote; writes nothing."""
 
-    cfg: ResolvedConfig
-    tables: DeviceTables
+    memory: RankMemory
     states: dict[str, RequestState]  # by request id
-    req_to_token: torch.Tensor  # [R, max_context_len] int32
     is_parallel: bool  # page counts are the maximum over several ranks
 
     def check(self, reqs: list[Any], tree_cache: Any) -> None:
@@ -30,7 +27,7 @@ class Audit:
 
         Raises `IntegrityError`.
         """
-        page_size = self.cfg.layout.page_size
+        page_size = self.memory.layout.page_size
         allocator = tree_cache.token_to_kv_pool_allocator
         owners = {
             "free": torch.cat((allocator.free_pages, allocator.release_pages)),
@@ -39,7 +36,7 @@ class Audit:
         for req in reqs:
             if not compat.holds_kv(req):
                 continue
-            row = self.req_to_token[compat.row_of(req)]
+            row = self.memory.req_to_token[compat.row_of(req)]
             state = self.states.get(req.rid)
             start, end = compat.protected_len(req), compat.allocated_len(req)
             if state is None or not state.is_compressed:
@@ -51,10 +48,10 @@ class Audit:
             if state.num_condensed_pages:
                 owners[f"condensed {req.rid}"] = state.condensed_slots[::page_size] // page_size
                 self._check_tables(state)
-        check_ownership(owners, self.cfg.layout.num_slots // page_size - 1)
+        check_ownership(owners, self.memory.layout.num_slots // page_size - 1)
 
     def _check_tables(self, state: RequestState) -> None:
-        layout, tables = self.cfg.layout, self.tables
+        layout, tables = self.memory.layout, self.memory.tables
         counts = tables.num_condensed[:, state.row]
         head_pages = int(head_pages_needed(counts, layout.page_size).sum())
         held = state.num_condensed_pages

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from hardkv_sglang.config import ResolvedConfig
-from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.policies.base import Policy
 from hardkv_sglang.selection import Candidates
 from hardkv_sglang.step_plan import SelectOp
@@ -16,20 +15,8 @@ from hardkv_sglang.step_plan import SelectOp
 class CandidateReader:
     """Builds `Candidates` for a policy. Writes nothing and never synchronises."""
 
-    def __init__(
-        self,
-        cfg: ResolvedConfig,
-        tables: DeviceTables,
-        k_storage: torch.Tensor,
-        v_storage: torch.Tensor,
-        req_to_token: torch.Tensor,
-        policy: Policy,
-    ) -> None:
-        self.cfg = cfg
-        self.tables = tables
-        self.k_rows = k_storage.view(-1, cfg.layout.head_dim)
-        self.v_rows = v_storage.view(-1, cfg.layout.head_dim)
-        self.req_to_token = req_to_token  # [R, max_context_len] int32
+    def __init__(self, memory: RankMemory, policy: Policy) -> None:
+        self.memory = memory
         self.policy = policy
 
     def exist(self, rows: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
@@ -40,7 +27,7 @@ class CandidateReader:
         """Candidates of these layers' lists: condensed tokens, right-aligned, then the sparse span."""
         padding = self.padding(op, layers)
         rows = self.rows(op, layers, padding)
-        keys = self.k_rows[rows]
+        keys = self.memory.k_rows[rows]
         queries, lse2 = self.queries(op, layers)
         B, G, Q, D = queries.shape
         queries2 = queries.float().view(B, G * Q, D) * self.scale2
@@ -52,21 +39,22 @@ class CandidateReader:
             valid=self.exist(rows, padding),
             query_valid=torch.ones(Q, dtype=torch.bool, device=rows.device),
             keys=keys if self.policy.needs_keys else None,
-            values=self.v_rows[rows] if self.policy.needs_values else None,
+            values=self.memory.v_rows[rows] if self.policy.needs_values else None,
         )
 
     def padding(self, op: SelectOp, layers: slice) -> torch.Tensor:
         """Entries before the first condensed token of each list, [l, H] int64."""
-        return op.condensed_list_bound - self.tables.num_condensed[layers, op.row].long()
+        return op.condensed_list_bound - self.memory.tables.num_condensed[layers, op.row].long()
 
     @property
     def scale2(self) -> float:
         """Softmax scale for logits of base 2."""
-        return self.cfg.softmax_scale * math.log2(math.e)
+        return self.memory.cfg.softmax_scale * math.log2(math.e)
 
     def queries(self, op: SelectOp, layers: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Observation queries [B, G, Q, D] and their base-2 LSE [B, G, Q], both contiguous."""
-        cfg, tables, H, G = self.cfg, self.tables, self.cfg.layout.num_kv_heads, self.cfg.group_size
+        cfg, tables = self.memory.cfg, self.memory.tables
+        H, G = cfg.layout.num_kv_heads, cfg.group_size
         positions = torch.arange(op.first_query, op.seq_len, device=tables.query_ring.device)
         index = positions % cfg.options.query_window
         queries = tables.query_ring[layers, op.ring_slot][:, index]  # [l, Q, HQ, D]
@@ -77,8 +65,8 @@ class CandidateReader:
 
     def rows(self, op: SelectOp, layers: slice, padding: torch.Tensor) -> torch.Tensor:
         """Storage rows of the candidates, [B, N] int64; arbitrary but valid where padded."""
-        layout, tables = self.cfg.layout, self.tables
-        device = self.req_to_token.device
+        layout, tables = self.memory.layout, self.memory.tables
+        device = self.memory.req_to_token.device
         layer_ids = torch.arange(layout.num_layers, device=device)[layers]
         index = (torch.arange(op.condensed_list_bound, device=device) - padding[..., None]).clamp(min=0)
         rows = layout.condensed_rows(
@@ -86,14 +74,14 @@ class CandidateReader:
             tables.first_page[layers, op.row][..., None].expand_as(index),
             index,
         )
-        slots = self.req_to_token[op.row, op.condensed_end : op.recent_start].long()
+        slots = self.memory.req_to_token[op.row, op.condensed_end : op.recent_start].long()
         heads = torch.arange(layout.num_kv_heads, device=device)
         span = (layer_ids[:, None, None] * layout.num_slots + slots) * layout.num_kv_heads + heads[None, :, None]
         return torch.cat((rows, span), -1).flatten(0, 1)
 
     def attended(self, op: SelectOp, layers: slice) -> torch.Tensor:
         """Candidates that the observed queries attended, [B, N] bool; padding counts as attended."""
-        tables = self.tables
+        tables = self.memory.tables
         old_span = op.old_recent_start - op.condensed_end
         num_sparse = tables.num_sparse[layers, op.row].flatten()
         kept = (tables.sparse_positions[layers, op.row].flatten(0, 1).long() - op.condensed_end)[:, :old_span]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from hardkv_sglang.candidates import CandidateReader
-from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.kernels import reference_condense, reference_publish
 from hardkv_sglang.memory_pool.layout import head_pages_needed
+from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.policies import make_policy
 from hardkv_sglang.request_state import RequestState
@@ -64,24 +64,16 @@ class EventExecutor:
 
     def __init__(
         self,
-        cfg: ResolvedConfig,
-        tables: DeviceTables,
-        k_storage: torch.Tensor,
-        v_storage: torch.Tensor,
-        req_to_token: torch.Tensor,
+        memory: RankMemory,
         tp_group: torch.distributed.ProcessGroup | None,
         priors: torch.Tensor | None = None,
     ) -> None:
-        self.cfg = cfg
-        self.tables = tables
-        self.k_storage = k_storage  # [L, S, H, D]
-        self.v_storage = v_storage  # [L, S, H, D]
-        self.req_to_token = req_to_token  # [R, max_context_len] int32
+        self.memory = memory
         self.tp_group = tp_group
         self.priors = priors  # [L, H] float32
-        bound, self.publish = _operations(req_to_token.is_cuda)
-        self.policy = make_policy(cfg.options, cfg.layout.page_size, bound)
-        self.reader = CandidateReader(cfg, tables, k_storage, v_storage, req_to_token, self.policy)
+        bound, self.publish = _operations(memory.is_on_gpu)
+        self.policy = make_policy(memory.cfg.options, memory.layout.page_size, bound)
+        self.reader = CandidateReader(memory, self.policy)
         self.scorer = make_scorer(self.reader)
 
     def warm_up(self) -> None:
@@ -89,11 +81,11 @@ class EventExecutor:
 
         Every tensor-parallel rank must call it; leaves the row as it was.
         """
-        page, row, device = self.cfg.layout.page_size, 0, self.req_to_token.device
+        page, row, device = self.memory.layout.page_size, 0, self.memory.req_to_token.device
         state = RequestState(row, 0, 0, 0, 0, 0)
         select = SelectOp(
             state=state, row=row, prefix_end=0, condensed_end=0, old_recent_start=0, recent_start=page, first_query=0,
-            seq_len=self.cfg.options.query_window, condensed_list_bound=page, recalibrate=True, ring_slot=0,
+            seq_len=self.memory.cfg.options.query_window, condensed_list_bound=page, recalibrate=True, ring_slot=0,
         )  # fmt: skip
         padding_page = torch.arange(page, device=device)
         self._condense([CondenseOp(state=state, row=row, slots=padding_page, start=0, end=0)])
@@ -109,36 +101,36 @@ class EventExecutor:
         return [self._select(op) for op in plan.selects]
 
     def _observe(self, op: ObserveOp) -> None:
-        self.tables.ring_slot[op.row] = op.ring_slot
+        self.memory.tables.ring_slot[op.row] = op.ring_slot
 
     def _condense(self, ops: list[CondenseOp]) -> None:
-        page_size = self.cfg.layout.page_size
+        page_size = self.memory.layout.page_size
         pages = [op.slots[::page_size] // page_size for op in ops]
-        move = self._condense_on_gpu if self.req_to_token.is_cuda else self._condense_reference
+        move = self._condense_on_gpu if self.memory.is_on_gpu else self._condense_reference
         move(ops, pages)
         for op in ops:
             # the freed slots may be someone else's from this step on: a stray reader must hit the padding page
-            self.req_to_token[op.row, op.start : op.end] = 0
+            self.memory.req_to_token[op.row, op.start : op.end] = 0
 
     def _condense_reference(self, ops: list[CondenseOp], pages: list[torch.Tensor]) -> None:
+        m = self.memory
         for op, new_pages in zip(ops, pages, strict=True):
-            reference_condense.condense(
-                self.k_storage, self.v_storage, self.cfg.layout, self.tables, self.req_to_token, op.row, new_pages
-            )
+            reference_condense.condense(m.k_storage, m.v_storage, m.layout, m.tables, m.req_to_token, op.row, new_pages)
 
     def _condense_on_gpu(self, ops: list[CondenseOp], pages: list[torch.Tensor]) -> None:
         from hardkv_sglang.kernels.condense import condense
 
-        device = self.req_to_token.device
-        rows = torch.tensor([op.row for op in ops], device="cpu", pin_memory=True).to(device, non_blocking=True)
+        m = self.memory
+        rows = torch.tensor([op.row for op in ops], device="cpu", pin_memory=True)
+        rows = rows.to(m.req_to_token.device, non_blocking=True)
         new_pages = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
-        condense(self.k_storage, self.v_storage, self.cfg.layout, self.tables, self.req_to_token, rows, new_pages)
+        condense(m.k_storage, m.v_storage, m.layout, m.tables, m.req_to_token, rows, new_pages)
 
     def _select(self, op: SelectOp) -> SelectReport:
-        layout = self.cfg.layout
-        temperature = None if op.recalibrate else self.tables.temperature[:, op.row].flatten()
+        layout = self.memory.layout
+        temperature = None if op.recalibrate else self.memory.tables.temperature[:, op.row].flatten()
         selection = self.policy.choose(self.scorer.score(op), temperature)
-        num_kept = self.publish(self.tables, op, selection.keep, selection.temperature)
+        num_kept = self.publish(self.memory.tables, op, selection.keep, selection.temperature)
         head_pages = head_pages_needed(num_kept, layout.page_size).sum(dtype=torch.int32).view(1)
         if self.tp_group is not None:
             torch.distributed.all_reduce(head_pages, torch.distributed.ReduceOp.MAX, group=self.tp_group)
@@ -154,6 +146,6 @@ class EventExecutor:
 
     def reset(self, rows: torch.Tensor) -> None:
         """Make rows ([N] int64) uncompressed: their request is (again) in prefill."""
-        self.tables.reset(rows)
+        self.memory.tables.reset(rows)
         if self.priors is not None:
-            self.tables.temperature[:, rows] = self.priors[:, None]
+            self.memory.tables.temperature[:, rows] = self.priors[:, None]

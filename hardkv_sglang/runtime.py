@@ -16,6 +16,7 @@ from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.events import EventExecutor, SelectReport, SettledCounts
 from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.integrity import IntegrityError
+from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.occupancy import Occupancy
 from hardkv_sglang.overrides import is_opted_out
@@ -68,16 +69,9 @@ class HardKVRuntime:
         self.planner = LifecyclePlanner(self.cfg)
         self.relief = PressureRelief(self.planner)
         self.admission = Admission(self.planner, self.relief, self.states)
-        self.executor = EventExecutor(
-            self.cfg,
-            self.tables,
-            pool.k_storage,
-            pool.v_storage,
-            req_to_token,
-            compat.tensor_parallel_group(),
-            self._priors(model_runner),
-        )
-        self.audit = Audit(self.cfg, self.tables, self.states, req_to_token, self.executor.tp_group is not None)
+        memory = RankMemory(self.cfg, self.tables, pool.k_storage, pool.v_storage, req_to_token)
+        self.executor = EventExecutor(memory, compat.tensor_parallel_group(), self._priors(model_runner))
+        self.audit = Audit(memory, self.states, self.executor.tp_group is not None)
         self.backend = install_backend(model_runner, self.cfg, self.tables)
         self.executor.warm_up()
         logger.info(
@@ -230,7 +224,7 @@ class HardKVRuntime:
 
     def describe(self) -> dict[str, Any]:
         """State for `/server_info`."""
-        layout, itemsize = self.cfg.layout, self.executor.k_storage.element_size()
+        layout, itemsize = self.cfg.layout, self.executor.memory.k_storage.element_size()
         return {
             "options": self.options.to_dict(),
             "page_bytes": 2 * layout.columns * layout.page_size * layout.head_dim * itemsize,
@@ -240,4 +234,5 @@ class HardKVRuntime:
         }
 
     def _allocator(self, tree_cache: Any) -> compat.SglangPageAllocator:
-        return compat.SglangPageAllocator(tree_cache, tree_cache.token_to_kv_pool_allocator, self.executor.req_to_token)
+        req_to_token = self.executor.memory.req_to_token
+        return compat.SglangPageAllocator(tree_cache, tree_cache.token_to_kv_pool_allocator, req_to_token)

@@ -28,7 +28,7 @@ class Scorer(ABC):
 
     def score(self, op: SelectOp) -> Scored:
         """Score all lists, in the order of the tables: layer, then KV head. No sync."""
-        num_layers = self.reader.cfg.layout.num_layers
+        num_layers = self.reader.memory.layout.num_layers
         num_tokens = op.condensed_list_bound + op.recent_start - op.condensed_end
         step = max(1, MAX_ELEMENTS_PER_CHUNK // max(1, num_tokens * self.elements_per_token()))
         chunks = [slice(first, min(first + step, num_layers)) for first in range(0, num_layers, step)]
@@ -40,7 +40,7 @@ class TorchScorer(Scorer):
 
     def elements_per_token(self) -> int:
         """Logits."""
-        return self.reader.cfg.num_q_heads * self.reader.cfg.options.query_window
+        return self.reader.memory.cfg.num_q_heads * self.reader.memory.cfg.options.query_window
 
     def score_layers(self, op: SelectOp, layers: slice) -> Scored:
         """See `Scorer.score_layers`."""
@@ -52,7 +52,7 @@ class PooledScorer(Scorer):
 
     def elements_per_token(self) -> int:
         """Keys, where the policy reads them, or storage rows."""
-        layout, policy = self.reader.cfg.layout, self.reader.policy
+        layout, policy = self.reader.memory.layout, self.reader.policy
         return layout.num_kv_heads * (layout.head_dim if policy.needs_keys else 1)
 
     def score_layers(self, op: SelectOp, layers: slice) -> Scored:
@@ -60,13 +60,13 @@ class PooledScorer(Scorer):
         from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
         from hardkv_sglang.kernels.list_candidates import list_candidates
 
-        reader = self.reader
-        found = list_candidates(reader.cfg.layout, reader.tables, reader.req_to_token, op, layers)
+        reader, memory = self.reader, self.reader.memory
+        found = list_candidates(memory, op, layers)
         lists = PooledLists(
             valid=found.valid,
-            keys=reader.k_rows[found.rows] if reader.policy.needs_keys else None,
-            k_rows=reader.k_rows,
-            v_rows=reader.v_rows,
+            keys=memory.k_rows[found.rows] if reader.policy.needs_keys else None,
+            k_rows=memory.k_rows,
+            v_rows=memory.v_rows,
             rows=found.rows,
             padding=found.padding,
         )
@@ -77,5 +77,5 @@ class PooledScorer(Scorer):
 
 def make_scorer(reader: CandidateReader) -> Scorer:
     """The fastest scorer for the policy and the device of the pool."""
-    in_pool = reader.k_rows.is_cuda and reader.policy.reductions == ("mean", "mean")
+    in_pool = reader.memory.is_on_gpu and reader.policy.reductions == ("mean", "mean")
     return PooledScorer(reader) if in_pool else TorchScorer(reader)

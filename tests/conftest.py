@@ -41,8 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "server_pool" in getattr(item, "fixturenames", ()):
             item.add_marker("e2e")
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elsewhere = "cpu" if torch.cuda.is_available() else "gpu"
+        if item.get_closest_marker(elsewhere):
+            item.add_marker(pytest.mark.skip(reason=f"{elsewhere}: see the markers in pyproject.toml"))
     items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
 
 

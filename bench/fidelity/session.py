@@ -19,6 +19,7 @@ from hardkv_sglang.events import EventExecutor, SettledCounts
 from hardkv_sglang.kernels.reference import State, dense_slots, ragged_rows
 from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.request_state import RequestState
 from hardkv_sglang.step_plan import StepPlan
@@ -59,9 +60,9 @@ class CompressedSession:
         self.cfg = ResolvedConfig(options, layout, shape.num_q_heads, shape.softmax_scale, ROW + 1, max_len)
         self.tables = DeviceTables.allocate(self.cfg, torch.float32, "cpu")
         self.planner = LifecyclePlanner(self.cfg)
-        self.executor = EventExecutor(
-            self.cfg, self.tables, self.pool.k_storage, self.pool.v_storage, self.pool.req_to_token, None
-        )
+        pool = self.pool
+        memory = RankMemory(self.cfg, self.tables, pool.k_storage, pool.v_storage, pool.req_to_token)
+        self.executor = EventExecutor(memory, tp_group=None)
         self.max_block = max_block
         self.seq_len = 0  # tokens with KV in the pool
         self.holdings: list[Holding] = []  # one per decoded token

@@ -24,6 +24,7 @@ from report import write_report
 from timing import copy_bandwidth, event_times, percentiles
 
 from hardkv_sglang.events import EventExecutor
+from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.policies import make_policy
 from hardkv_sglang.scoring import TorchScorer
 from hardkv_sglang.step_plan import SelectOp
@@ -48,7 +49,8 @@ def make_event(inputs: Inputs) -> tuple[EventExecutor, SelectOp]:
         first_query=seq_len - cfg.options.query_window, seq_len=seq_len, condensed_list_bound=bound,
         recalibrate=False, ring_slot=0,
     )  # fmt: skip
-    return EventExecutor(cfg, tables, inputs.k, inputs.v, inputs.req_to_token, None), op
+    memory = RankMemory(cfg, tables, inputs.k, inputs.v, inputs.req_to_token)
+    return EventExecutor(memory, tp_group=None), op
 
 
 def check(executor: EventExecutor, op: SelectOp) -> None:
@@ -57,7 +59,7 @@ def check(executor: EventExecutor, op: SelectOp) -> None:
     error = float((ours.scores - torchs.scores).norm() / torchs.scores.norm())
     assert error < 1e-3, f"relative error of the scores {error}"
     assert torch.equal(ours.valid, torchs.valid)
-    defined = make_policy(executor.cfg.options, executor.cfg.layout.page_size)
+    defined = make_policy(executor.memory.cfg.options, executor.memory.layout.page_size)
     assert torch.equal(executor.policy.choose(ours).keep, defined.choose(ours).keep)
 
 
@@ -83,7 +85,7 @@ def measure(shape: Shape) -> dict[str, Any]:
         "score": lambda: executor.scorer.score(op),
         "score_torch": lambda: TorchScorer(executor.reader).score(op),
         "choose": lambda: executor.policy.choose(scored),
-        "publish": lambda: executor.publish(executor.tables, op, selection.keep, selection.temperature),
+        "publish": lambda: executor.publish(executor.memory.tables, op, selection.keep, selection.temperature),
         "event": lambda: executor._select(op),
     }
     row: dict[str, Any] = {"shape": shape.name, "kept_mean": round(float(selection.keep.sum(1).float().mean()), 1)}

@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hardkv_sglang.memory_pool.layout import PoolLayout
-from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.step_plan import SelectOp
 
 
@@ -86,13 +85,12 @@ def list_candidates_kernel(
         tl.store(attended + o_list + bound + b_position - condensed_end, 1, mask=m_s)
 
 
-def list_candidates(
-    layout: PoolLayout, tables: DeviceTables, req_to_token: torch.Tensor, op: SelectOp, layers: slice
-) -> CandidateRows:
+def list_candidates(memory: RankMemory, op: SelectOp, layers: slice) -> CandidateRows:
     """Candidates of the lists of these layers, in the order of the tables. One launch, no sync.
 
-    layers: a slice with start and stop; req_to_token: [R, T] integer slots.
+    layers: a slice with start and stop.
     """
+    layout, tables, req_to_token = memory.layout, memory.tables, memory.req_to_token
     H = layout.num_kv_heads
     B, N = (layers.stop - layers.start) * H, op.condensed_list_bound + op.recent_start - op.condensed_end
     device = req_to_token.device

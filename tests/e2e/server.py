@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -37,7 +38,8 @@ DEFAULT_FLAGS: Flags = MappingProxyType(
 
 # threads that wait for each other at every operation: as soon as anything else runs, one core does more than two
 DEFAULT_ENV = MappingProxyType({"OMP_NUM_THREADS": "1"})
-MAX_RUNNING = 4  # each takes some gigabytes: more would make the machine swap
+# each takes some gigabytes: more would make the machine swap
+MAX_RUNNING = 3 if "PYTEST_XDIST_WORKER" in os.environ else 4
 
 
 class ServerPool:

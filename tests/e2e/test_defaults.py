@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 
+import pytest
 from e2e.compressed import compressed, decode, fresh_rid, prompt_ids, report_of
 
 from hardkv_sglang.server_process import ServerProcess as Server
@@ -19,6 +20,7 @@ def seconds(server: Server, seed: int) -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.alone
 def test_decode_without_events_costs_little(server_for: Callable[..., Server]) -> None:
     stock, ours = server_for(), server_for(DEFAULTS)
     rounds = [(seconds(stock, 200 + i), seconds(ours, 200 + i)) for i in range(4)]

@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 from e2e.compressed import SHORT, SHORT_INTERVALS, STRICT, hardkv_state, prompt_ids
+from e2e.server import DEVICE_FLAGS
 
 from hardkv_sglang.server_process import ServerProcess as Server
 
@@ -80,8 +81,8 @@ import sglang as sgl
 
 if __name__ == "__main__":
     engine = sgl.Engine(
-        model_path=sys.argv[1], device="cpu", dtype="float32", max_total_tokens=2560, max_running_requests=4,
-        random_seed=0, kv_compression="hardkv", kv_compression_config=json.loads(sys.argv[2]),
+        model_path=sys.argv[1], max_total_tokens=2560, max_running_requests=4, random_seed=0,
+        kv_compression="hardkv", kv_compression_config=json.loads(sys.argv[2]), **json.loads(sys.argv[4]),
     )
     sampling = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
     reply = engine.generate(input_ids=json.loads(sys.argv[3]), sampling_params=sampling)
@@ -95,7 +96,9 @@ def test_engine_equals_server(server: Server, demo_model: Path, tmp_path: Path) 
     prompt = prompt_ids(40, seed=80)
     script = tmp_path / "engine.py"
     script.write_text(ENGINE_PROGRAM)
-    output = run_script(script, str(demo_model), json.dumps(SHORT_INTERVALS), json.dumps(prompt))
+    device = {name.replace("-", "_"): value for name, value in DEVICE_FLAGS.items()}
+    words = [str(demo_model), *(json.dumps(x) for x in (SHORT_INTERVALS, prompt, device))]
+    output = run_script(script, *words)
     ids, condense_events = json.loads(output.split("RESULT")[1])
     assert condense_events >= 1
     sampling = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}

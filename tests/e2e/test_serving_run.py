@@ -12,6 +12,7 @@ from bench.serving.presets import SMOKE
 
 
 @pytest.mark.e2e
+@pytest.mark.cpu
 def test_smoke_preset(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work, pictures = tmp_path / "work", tmp_path / "img"
     words = ["--preset", "smoke", "--work", str(work), "--results", str(tmp_path), "--pictures", str(pictures)]

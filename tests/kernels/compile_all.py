@@ -27,6 +27,7 @@ from hardkv_sglang.kernels.publish import publish
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, SplitTokens, plan_ragged_decode
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.step_plan import SelectOp
 
@@ -91,7 +92,7 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
         state=None, row=1, prefix_end=32, condensed_end=32, old_recent_start=64, recent_start=96, first_query=100,
         seq_len=104, condensed_list_bound=40, recalibrate=False, ring_slot=0,
     )  # fmt: skip
-    found = list_candidates(layout, tables, req_to_token, op, slice(0, 2))
+    found = list_candidates(RankMemory(cfg, tables, k, v, req_to_token), op, slice(0, 2))
     keep = bound_counts(found.valid, torch.zeros(found.valid.shape), found.valid, 8, 64, 32)
     publish(tables, op, keep, torch.zeros(4))
     slots = torch.zeros(64, dtype=torch.int32)

@@ -19,6 +19,7 @@ from hardkv_sglang.kernels import bound, publish, reference, reference_publish
 from hardkv_sglang.kernels.list_candidates import list_candidates
 from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.policies import make_policy
 from hardkv_sglang.request_state import RequestState
@@ -62,8 +63,8 @@ class Simulation:
         self.req_to_token = torch.zeros((3, 1024), dtype=torch.int32)
         self.free = torch.randperm(63, generator=self.random) + 1
         self.planner = LifecyclePlanner(self.cfg)
-        pool = (self.k, self.v, self.req_to_token)
-        self.executor = EventExecutor(self.cfg, self.tables, *pool, tp_group=None, priors=self.priors)
+        memory = RankMemory(self.cfg, self.tables, self.k, self.v, self.req_to_token)
+        self.executor = EventExecutor(memory, tp_group=None, priors=self.priors)
         self.keys, self.values = (torch.zeros(1024, L, H, D) for _ in range(2))  # by position
         self.attended = torch.zeros((1024, L, H), dtype=torch.bool)
 
@@ -216,7 +217,7 @@ class CheckedScorer(PooledScorer):
 
     def check_candidates(self, op: SelectOp, layers: slice) -> None:
         reader = self.reader
-        found = list_candidates(reader.cfg.layout, reader.tables, reader.req_to_token, op, layers)
+        found = list_candidates(reader.memory, op, layers)
         padding = reader.padding(op, layers)
         rows = reader.rows(op, layers, padding)
         valid = reader.exist(rows, padding)
@@ -224,7 +225,7 @@ class CheckedScorer(PooledScorer):
         assert torch.equal(found.valid, valid)
         assert torch.equal(found.attended, reader.attended(op, layers))
         assert torch.equal(found.rows[valid], rows[valid])
-        assert 0 <= int(found.rows.min()) <= int(found.rows.max()) < len(reader.k_rows)
+        assert 0 <= int(found.rows.min()) <= int(found.rows.max()) < len(reader.memory.k_rows)
 
 
 def checked_bound(
