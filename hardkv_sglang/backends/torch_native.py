@@ -10,8 +10,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from hardkv_sglang.config import ResolvedConfig
-from hardkv_sglang.kernels import reference
-from hardkv_sglang.kernels.cpu_attend import attend
+from hardkv_sglang.kernels.cpu_attend import LiveRows, attend, find_live_rows
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
 
@@ -19,10 +18,9 @@ from hardkv_sglang.memory_pool.tables import DeviceTables
 class DecodeRow:
     """One request of a decode batch."""
 
-    row: int
     seq_len: int
-    slots: torch.Tensor | None  # dense-tier slots of a compressed request; None where stock attention serves
-    ragged: list[tuple[torch.Tensor, torch.Tensor]]  # its `ragged_rows` by layer
+    is_compressed: bool  # else stock attention serves
+    live: list[LiveRows]  # by layer; empty where only stock attention is needed
     ring_slot: int  # where its query and LSE go in the observation ring; -1: nowhere
 
     @property
@@ -53,14 +51,18 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         super().init_forward_metadata(forward_batch)
         if not forward_batch.forward_mode.is_decode():
             return
-        tables, req_to_token = self.hardkv_tables, self.req_to_token_pool.req_to_token
-        self.hardkv_rows = []
-        for row, seq_len in zip(forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), strict=True):
-            slots, ragged = None, []
-            if int(tables.recent_start[row]) > 0:
-                slots = reference.dense_slots(req_to_token, tables, row, seq_len)
-                ragged = reference.ragged_rows_by_layer(self.hardkv_cfg.layout, tables, req_to_token, row)
-            self.hardkv_rows.append(DecodeRow(row, seq_len, slots, ragged, int(tables.ring_slot[row])))
+        rows, seq_lens = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
+        self.hardkv_rows = [self._decode_row(row, seq_len) for row, seq_len in zip(rows, seq_lens, strict=True)]
+
+    def _decode_row(self, row: int, seq_len: int) -> DecodeRow:
+        tables, pool = self.hardkv_tables, self.token_to_kv_pool
+        is_compressed, ring_slot = int(tables.recent_start[row]) > 0, int(tables.ring_slot[row])
+        live = []
+        if is_compressed or ring_slot >= 0:
+            kind = torch.promote_types(pool.k_storage.dtype, torch.float32)
+            req_to_token = self.req_to_token_pool.req_to_token
+            live = find_live_rows(self.hardkv_cfg.layout, tables, req_to_token, row, seq_len, kind)
+        return DecodeRow(seq_len, is_compressed, live, ring_slot)
 
     def forward_decode(
         self,
@@ -72,16 +74,16 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
         """Attention of one new token per request; q [bs, HQ * D] after RoPE, returns the same shape."""
-        if all(r.slots is None and not r.is_observed for r in self.hardkv_rows):
+        if not any(r.live for r in self.hardkv_rows):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         if save_kv_cache and k is not None and v is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         o = torch.empty_like(queries)
         for i, request in enumerate(self.hardkv_rows):
-            if request.slots is None:
+            if not request.is_compressed:
                 self._stock_decode(queries, o, i, layer, forward_batch)
-            if request.slots is not None or request.is_observed:
+            if request.live:
                 self._tiered_decode(queries[i], o[i], request, layer)
         return o.view(q.shape[0], -1)
 
@@ -100,16 +102,10 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         )
 
     def _tiered_decode(self, q: torch.Tensor, o: torch.Tensor, request: DecodeRow, layer: Any) -> None:
-        """Merge the tiers into `o` (compressed requests) and fill the observation ring (observed ones)."""
+        """Attend all tiers, into `o` if the request is compressed, and fill the observation ring if it is observed."""
         tables, pool = self.hardkv_tables, self.token_to_kv_pool
-        req_to_token = self.req_to_token_pool.req_to_token
-        slots = req_to_token[request.row, : request.seq_len] if request.slots is None else request.slots
-        k_buffer, v_buffer = pool.get_kv_buffer(layer.layer_id)
-        state = reference.dense_decode(q, k_buffer, v_buffer, slots, layer.scaling, attend)
-        if request.slots is not None:
-            rows, counts = request.ragged[layer.layer_id]
-            ragged = reference.attend_rows(q, pool.k_storage, pool.v_storage, rows, counts, layer.scaling, attend)
-            state = reference.merge_states(state, ragged)
+        state = attend(q, pool.k_storage, pool.v_storage, request.live[layer.layer_id], layer.scaling)
+        if request.is_compressed:
             o.copy_(state[0])
         if request.is_observed:
             index = (request.seq_len - 1) % self.hardkv_cfg.options.query_window

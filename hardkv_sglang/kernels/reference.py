@@ -1,4 +1,4 @@
-"""Torch specification of decode attention over the tiers; also what runs where there is no GPU.
+"""Torch specification of decode attention over the tiers.
 
 Computes in the dtype of its inputs, float32 at least: pass float64 tensors for an oracle.
 """
@@ -6,7 +6,6 @@ Computes in the dtype of its inputs, float32 at least: pass float64 tensors for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
@@ -40,10 +39,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: torch.Tens
     return o.view(-1, D), lse2.reshape(-1)
 
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], State]
-"""`attend`, or an implementation of it."""
-
-
 def merge_states(a: State, b: State) -> State:
     """Join two attention states over disjoint token sets by sum of exponentials.
 
@@ -73,14 +68,12 @@ def dense_decode(
     v_buffer: torch.Tensor,
     slots: torch.Tensor,
     scale: float,
-    attend: Attend = attend,
 ) -> State:
     """Attention of one query token over its dense tier.
 
     q: [HQ, D]; k_buffer, v_buffer: [S, H, D], one layer of the pool; slots: [N].
     """
     counts = torch.full((k_buffer.shape[1],), slots.numel(), device=q.device)
-    # index_select copies whole rows: several times faster on a CPU than indexing with a tensor
     k, v = (buffer.index_select(0, slots).transpose(0, 1) for buffer in (k_buffer, v_buffer))
     return attend(q, k, v, counts, scale)
 
@@ -93,20 +86,11 @@ def ragged_rows(
     Returns rows [H, N] int64 (list h in its first `counts[h]` entries, condensed before sparse, ascending
     positions; the rest is row 0 of the storage) and counts [H] int64.
     """
-    rows, counts = _ragged_rows(layout, tables, req_to_token, slice(layer, layer + 1), row)
+    rows, counts = ragged_rows_of_layers(layout, tables, req_to_token, slice(layer, layer + 1), row)
     return rows[0], counts[0]
 
 
-def ragged_rows_by_layer(
-    layout: PoolLayout, tables: DeviceTables, req_to_token: torch.Tensor, row: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`ragged_rows` of every layer, in a few operations for all of them."""
-    rows, counts = _ragged_rows(layout, tables, req_to_token, slice(None), row)
-    longest = counts.amax(1).tolist()
-    return [(rows[layer, :, :size], counts[layer]) for layer, size in enumerate(longest)]
-
-
-def _ragged_rows(
+def ragged_rows_of_layers(
     layout: PoolLayout, tables: DeviceTables, req_to_token: torch.Tensor, layers: slice, row: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [l, H, N] and counts [l, H] of some layers, N being the longest list."""
@@ -143,19 +127,5 @@ def ragged_decode(
     q: [HQ, D]; k_storage, v_storage: [L, S, H, D], the whole pool.
     """
     rows, counts = ragged_rows(layout, tables, req_to_token, layer, row)
-    return attend_rows(q, k_storage, v_storage, rows, counts, scale)
-
-
-def attend_rows(
-    q: torch.Tensor,
-    k_storage: torch.Tensor,
-    v_storage: torch.Tensor,
-    rows: torch.Tensor,
-    counts: torch.Tensor,
-    scale: float,
-    attend: Attend = attend,
-) -> State:
-    """`attend` over the rows [H, N] and counts [H] of `ragged_rows`."""
-    D = q.shape[-1]
-    k, v = (s.view(-1, D).index_select(0, rows.flatten()).view(*rows.shape, D) for s in (k_storage, v_storage))
+    k, v = (s.view(-1, q.shape[-1])[rows] for s in (k_storage, v_storage))
     return attend(q, k, v, counts, scale)

@@ -57,6 +57,7 @@ def build_case(
     dtype: torch.dtype = torch.float32,
     spare_pages: int = 0,
     seed: int = 0,
+    device: str = DEVICE,
 ) -> Case:
     """Random pool and tables. num_condensed, num_sparse: [L, R, H] list lengths; row 0 must be empty."""
     g = torch.Generator().manual_seed(seed)
@@ -94,8 +95,8 @@ def build_case(
             used = used[torch.arange(used.shape[1])[None, :] < counts[:, None]]
             for storage in (k, v):
                 storage.view(-1, head_dim)[used] = torch.randn(used.numel(), head_dim, generator=g).to(dtype)
-    on_device = {name: getattr(tables, name).to(DEVICE) for name in vars(tables)}
-    return Case(cfg, DeviceTables(**on_device), req_to_token.to(DEVICE), k.to(DEVICE), v.to(DEVICE), order.to(DEVICE))
+    on_device = {name: getattr(tables, name).to(device) for name in vars(tables)}
+    return Case(cfg, DeviceTables(**on_device), req_to_token.to(device), k.to(device), v.to(device), order.to(device))
 
 
 @pytest.fixture
