@@ -138,6 +138,8 @@ class HardKVRuntime:
         plans, self.pending = self.pending, []
         with self.statistics.event_time():
             reports = [report for plan in plans for report in self.executor.run(plan)]
+        for plan in plans:
+            self.backend.forget_lists(plan.rows)
         if batch.forward_mode.is_extend():
             self.executor.reset(batch.req_pool_indices)
         else:

@@ -75,6 +75,11 @@ class StepPlan:
         return len(self.selects) + len(self.condenses)
 
     @property
+    def rows(self) -> list[int]:
+        """Request rows whose lists the events rewrite."""
+        return [op.row for op in self.condenses] + [op.row for op in self.selects]
+
+    @property
     def is_empty(self) -> bool:
         """Whether the step runs no device work of ours."""
         return not (self.observes or self.condenses or self.selects)

@@ -6,6 +6,7 @@ check of the backend's name or type stay SGLang's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,9 @@ class TieredBackend(Protocol):
 
     def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
         """Tokens of each request outside its dense tiers, [B] int32 on the host, for the next decode step."""
+
+    def forget_lists(self, rows: Iterable[int]) -> None:
+        """Events rewrote the lists of these request rows."""
 
 
 def install_backend(model_runner: Any, cfg: ResolvedConfig, tables: DeviceTables) -> TieredBackend:

@@ -7,6 +7,7 @@ a captured graph reads lengths and pages from device tables.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,6 +60,9 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
     def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
         """See `backends.TieredBackend`."""
         self.hardkv_hidden = hidden
+
+    def forget_lists(self, rows: Iterable[int]) -> None:
+        """Nothing to do: every step plans on the device's own tables."""
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plan an eager step."""

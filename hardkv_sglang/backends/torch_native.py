@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from hardkv_sglang.config import ResolvedConfig
-from hardkv_sglang.kernels.cpu_attend import LiveRows, attend, find_live_rows
+from hardkv_sglang.kernels import reference
+from hardkv_sglang.kernels.cpu_attend import LayerRows, add_dense, attend, find_lists, no_lists
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
 
@@ -20,7 +22,7 @@ class DecodeRow:
 
     seq_len: int
     is_compressed: bool  # else stock attention serves
-    live: list[LiveRows]  # by layer; empty where only stock attention is needed
+    live: list[LayerRows]  # by layer; empty where only stock attention is needed
     ring_slot: int  # where its query and LSE go in the observation ring; -1: nowhere
 
     @property
@@ -36,12 +38,25 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
     hardkv_cfg: ResolvedConfig
     hardkv_tables: DeviceTables
     hardkv_rows: list[DecodeRow]
+    hardkv_lists: dict[int, list[LayerRows]]  # by request row, of compressed requests since their last event
+    hardkv_no_lists: list[LayerRows]
 
     def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
         """See `backends.TieredBackend`."""
         self.hardkv_cfg = cfg
         self.hardkv_tables = tables
         self.hardkv_rows = []
+        self.hardkv_lists = {}
+        self.hardkv_no_lists = no_lists(cfg.layout, self._attention_dtype)
+
+    @property
+    def _attention_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.token_to_kv_pool.k_storage.dtype, torch.float32)
+
+    def forget_lists(self, rows: Iterable[int]) -> None:
+        """See `backends.TieredBackend`."""
+        for row in rows:
+            self.hardkv_lists.pop(row, None)
 
     def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
         """Nothing to do: this backend plans on the device's own tables."""
@@ -55,13 +70,17 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         self.hardkv_rows = [self._decode_row(row, seq_len) for row, seq_len in zip(rows, seq_lens, strict=True)]
 
     def _decode_row(self, row: int, seq_len: int) -> DecodeRow:
-        tables, pool = self.hardkv_tables, self.token_to_kv_pool
+        tables, layout = self.hardkv_tables, self.hardkv_cfg.layout
+        req_to_token = self.req_to_token_pool.req_to_token
         is_compressed, ring_slot = int(tables.recent_start[row]) > 0, int(tables.ring_slot[row])
+        if is_compressed and row not in self.hardkv_lists:
+            self.hardkv_lists[row] = find_lists(layout, tables, req_to_token, row, self._attention_dtype)
+        if not is_compressed:
+            self.hardkv_lists.pop(row, None)  # those of the row's last request
         live = []
         if is_compressed or ring_slot >= 0:
-            kind = torch.promote_types(pool.k_storage.dtype, torch.float32)
-            req_to_token = self.req_to_token_pool.req_to_token
-            live = find_live_rows(self.hardkv_cfg.layout, tables, req_to_token, row, seq_len, kind)
+            slots = reference.dense_slots(req_to_token, tables, row, seq_len)
+            live = add_dense(self.hardkv_lists.get(row, self.hardkv_no_lists), layout, slots)
         return DecodeRow(seq_len, is_compressed, live, ring_slot)
 
     def forward_decode(

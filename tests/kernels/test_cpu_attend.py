@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hardkv_sglang.kernels import reference
-from hardkv_sglang.kernels.cpu_attend import attend, find_live_rows
+from hardkv_sglang.kernels.cpu_attend import add_dense, attend, find_lists, no_lists
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 5e-6}
 # (prefix_end, recent_start, seq_len) of rows 1 to 4; the first has seen no event and has no lists
@@ -37,8 +37,11 @@ def make_rows(make_case, group: int, dtype: torch.dtype):
 def test_cpu_attend(make_case, row: int, group: int, dtype: torch.dtype) -> None:
     case = make_rows(make_case, group, dtype)
     kind, seq_len = torch.promote_types(dtype, torch.float32), TIERS[row - 1][2]
-    live = find_live_rows(case.layout, case.tables, case.req_to_token, row, seq_len, kind)
+    lists = find_lists(case.layout, case.tables, case.req_to_token, row, kind)
+    if row == 1:
+        lists = no_lists(case.layout, kind)
     slots = reference.dense_slots(case.req_to_token, case.tables, row, seq_len)
+    live = add_dense(lists, case.layout, slots)
     for layer in range(2):
         q = (torch.randn(2 * group, 64, generator=torch.Generator().manual_seed(row)) * 3).to(dtype)
         o, lse2 = attend(q, case.k, case.v, live[layer], case.cfg.softmax_scale)
