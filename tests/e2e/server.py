@@ -39,7 +39,7 @@ DEFAULT_FLAGS: Flags = MappingProxyType(
 # threads that wait for each other at every operation: as soon as anything else runs, one core does more than two
 DEFAULT_ENV = MappingProxyType({"OMP_NUM_THREADS": "1"})
 # each takes some gigabytes: more would make the machine swap
-MAX_RUNNING = 3 if "PYTEST_XDIST_WORKER" in os.environ else 4
+MAX_RUNNING = 2 if "PYTEST_XDIST_WORKER" in os.environ else 4
 
 
 class ServerPool:
