@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import shlex
 import signal
 import socket
@@ -28,6 +29,9 @@ START_TIMEOUT_S = 420.0  # 75 s alone on two cores, a multiple of it when they a
 STOP_TIMEOUT_S = 20.0
 REQUEST_TIMEOUT_S = 1800.0
 PR_SET_PDEATHSIG = 1
+# below those that Linux gives outgoing connections (from 32768); random, so that two programs rarely choose the same
+SERVER_PORTS = range(20000, 31000)
+PORT_ATTEMPTS = 100
 
 
 class ServerError(Exception):
@@ -53,6 +57,8 @@ class ServerProcess:
         self._arguments = ["--model-path", str(model), *command_line(self.flags)]
         command = [sys.executable, "-m", "sglang.launch_server", *self._arguments]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        # SGLang's own choice is open to connections of other programs until its workers listen
+        command += ["--nccl-port", str(free_port())]
         with self.log_path.open("wb") as log:
             return subprocess.Popen(
                 command,
@@ -205,10 +211,16 @@ def command_line(flags: Flags) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nothing uses now and that the kernel gives no connection in the minute until the server listens.
+
+    Raises `ServerError` if none of `PORT_ATTEMPTS` random ones is free.
+    """
+    for _ in range(PORT_ATTEMPTS):
+        port = random.choice(SERVER_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerError(f"none of {PORT_ATTEMPTS} ports tried in {SERVER_PORTS.start}-{SERVER_PORTS.stop - 1} is free")
 
 
 def die_with_parent() -> None:
