@@ -21,7 +21,6 @@ from hardkv_sglang.kernels.condense import condense
 from hardkv_sglang.kernels.dense_slots import plan_dense_slots
 from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
 from hardkv_sglang.kernels.list_candidates import list_candidates
-from hardkv_sglang.kernels.merge import merge_states
 from hardkv_sglang.kernels.observe import observe
 from hardkv_sglang.kernels.publish import publish
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
@@ -75,7 +74,6 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     state = (torch.zeros_like(q), lse2)
     ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, state)
     observe(tables, 1, rows, seq_lens, q, lse2)
-    merge_states(state, state, state)
     condense(k, v, layout, tables, req_to_token, rows, torch.zeros(2, 3, dtype=torch.int64))
     rows_of = torch.zeros(4, 100, dtype=torch.int64)
     lists = PooledLists(
