@@ -70,6 +70,26 @@ def protected_len(req: Any) -> int:
     return int(req.cache_protected_len)
 
 
+def prefix_path(req: Any) -> list[tuple[int, int]]:
+    """The request's nodes in the radix tree, from the root down: (node id, tokens up to the end of the node)."""
+    nodes, node = [], req.last_node
+    while node is not None and node.parent is not None:
+        nodes.append(node)
+        node = node.parent
+    path, end = [], 0
+    for node in reversed(nodes):
+        end += len(node.key)
+        path.append((int(node.id), end))
+    return path
+
+
+def can_share_prefixes(model_runner: Any) -> bool:
+    """Whether decode may attend a prefix for several requests at once: there is a radix tree, and results may depend
+    on the batch."""
+    args = model_runner.server_args
+    return not args.disable_radix_cache and not args.enable_deterministic_inference
+
+
 def truncate_kv(req: Any, length: int) -> None:
     """Make SGLang believe that the request holds `length` tokens of KV; the rest has been freed."""
     req.kv_committed_len = length

@@ -79,6 +79,15 @@ class HardKVConfig:
     min_freed_pages: int = option(
         1, "token pages", "what a condense event must give back to run; 0 runs it in any case", low=0, high=1024
     )
+    min_shared_tokens: int | None = option(
+        16384,
+        "tokens",
+        "reads of a token that a decode step must save for a prefix shared by requests to be attended once for all of "
+        "them (GPU); null: never",
+        low=1,
+        high=1 << 30,
+        optional=True,
+    )
     pooling_width: int = option(7, "tokens", "max-pooling width of the snapkv metric (odd)", low=1, high=63)
     budget: str = option(
         "shared", "name",
@@ -223,6 +232,7 @@ class ResolvedConfig:
     softmax_scale: float
     num_rows: int  # rows of req_to_token; row 0 pads CUDA-graph batches and stays empty
     max_context_len: int  # tokens
+    min_shared_tokens: int | None = None  # the option, where this server can share prefixes at all; None: never
 
     @property
     def group_size(self) -> int:

@@ -20,6 +20,7 @@ from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.occupancy import Occupancy
 from hardkv_sglang.overrides import is_opted_out
+from hardkv_sglang.prefix_groups import PrefixGrouper
 from hardkv_sglang.priors import check_options, load_priors
 from hardkv_sglang.relief import PressureRelief
 from hardkv_sglang.request_state import RequestState
@@ -43,6 +44,7 @@ class HardKVRuntime:
     relief: PressureRelief
     admission: Admission
     backend: TieredBackend
+    prefixes: PrefixGrouper
 
     def __init__(self, options: HardKVConfig) -> None:
         self.options = options
@@ -64,9 +66,11 @@ class HardKVRuntime:
             softmax_scale=attention.scaling,
             num_rows=req_to_token.shape[0],
             max_context_len=model_runner.model_config.context_len,
+            min_shared_tokens=self.options.min_shared_tokens if compat.can_share_prefixes(model_runner) else None,
         )
         self.tables = DeviceTables.allocate(self.cfg, model_runner.dtype, req_to_token.device)
         self.planner = LifecyclePlanner(self.cfg)
+        self.prefixes = PrefixGrouper(self.cfg.min_shared_tokens)
         self.relief = PressureRelief(self.planner)
         self.admission = Admission(self.planner, self.relief, self.states)
         memory = RankMemory(self.cfg, self.tables, pool.k_storage, pool.v_storage, req_to_token)
@@ -75,9 +79,9 @@ class HardKVRuntime:
         self.backend = install_backend(model_runner, self.cfg, self.tables)
         self.executor.warm_up()
         logger.info(
-            "HARD-KV: %s, %d rows, tables %.2f GB beside the pool; CUDA graphs for up to %d requests, "
+            "HARD-KV: %s, %d rows, tables and workspaces %.2f GB beside the pool; CUDA graphs for up to %d requests, "
             "SGLang logs their memory when they are captured",
-            self.options, self.cfg.num_rows, self.tables.num_bytes / 1e9, compat.max_graph_batch(model_runner),
+            self.options, self.cfg.num_rows, self._device_bytes / 1e9, compat.max_graph_batch(model_runner),
         )  # fmt: skip
 
     def _priors(self, model_runner: Any) -> torch.Tensor | None:
@@ -145,6 +149,10 @@ class HardKVRuntime:
         else:
             self.backend.set_hidden_tokens(
                 torch.tensor([self._hidden_tokens(r) for r in batch.reqs], dtype=torch.int32)
+            )
+            requests = [(req.rid, compat.row_of(req)) for req in batch.reqs]
+            self.backend.set_prefix_groups(
+                self.prefixes.group(requests, lambda: [compat.prefix_path(req) for req in batch.reqs])
             )
         return reports
 
@@ -230,10 +238,15 @@ class HardKVRuntime:
         return {
             "options": self.options.to_dict(),
             "page_bytes": 2 * layout.columns * layout.page_size * layout.head_dim * itemsize,
-            "table_bytes": self.tables.num_bytes,
+            "table_bytes": self._device_bytes,
             "running": self.occupancy().to_dict(),
+            "shared_prefixes": self.prefixes.describe(),
             **self.statistics.to_dict(),
         }
+
+    @property
+    def _device_bytes(self) -> int:
+        return self.tables.num_bytes + self.backend.workspace_bytes
 
     def _allocator(self, tree_cache: Any) -> compat.SglangPageAllocator:
         req_to_token = self.executor.memory.req_to_token

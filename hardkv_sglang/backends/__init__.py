@@ -6,23 +6,31 @@ check of the backend's name or type stay SGLang's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.prefix_groups import PrefixGroup
 
 
 class TieredBackend(Protocol):
     """What the runtime asks of a re-classed backend."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory of the backend's own, in bytes."""
 
     def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
         """Take over the tables; called once, before CUDA graphs are captured."""
 
     def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
         """Tokens of each request outside its dense tiers, [B] int32 on the host, for the next decode step."""
+
+    def set_prefix_groups(self, groups: Sequence[PrefixGroup]) -> None:
+        """Requests of the next decode step whose shared prefix is attended once."""
 
     def forget_lists(self, rows: Iterable[int]) -> None:
         """Events rewrote the lists of these request rows."""

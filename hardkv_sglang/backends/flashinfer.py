@@ -1,13 +1,13 @@
 """Decode attention over the tiers on top of SGLang's FlashInfer backend.
 
 FlashInfer attends the dense tiers (prefix and recent window) with one plan per step for all layers; our ragged
-kernel attends the condensed and sparse lists and merges both by sum of exponentials. Everything that runs inside
-a captured graph reads lengths and pages from device tables.
+kernel attends the condensed and sparse lists, another one the prefixes that requests share, and both merge by sum of
+exponentials. Everything that runs inside a captured graph reads lengths and pages from device tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,10 @@ from hardkv_sglang.kernels.dense_slots import plan_dense_slots
 from hardkv_sglang.kernels.observe import observe
 from hardkv_sglang.kernels.ragged_decode import Tuning, ragged_decode
 from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, SplitTokens, plan_ragged_decode
+from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
+from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
 from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.prefix_groups import PrefixGroup
 
 
 @dataclass(frozen=True)
@@ -41,25 +44,49 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
     hardkv_workspace: RaggedWorkspace
     hardkv_tuning: Tuning | None  # None: by the size of the batch
     hardkv_hidden: torch.Tensor  # [B] int32 on the host, of the step about to run
+    hardkv_shared: SharedPrefixWorkspace | None  # None: prefixes are attended request by request
+    hardkv_dense_start: torch.Tensor  # [max_batch] int32, leading tokens that a group attends; on the device
+    hardkv_groups: Sequence[PrefixGroup]  # planned in `hardkv_shared`
+    hardkv_dense_start_cpu: torch.Tensor
 
     def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
         """Allocate the split-KV workspace; see `backends.TieredBackend`."""
         self.hardkv_cfg = cfg
         self.hardkv_tables = tables
+        device = tables.prefix_end.device
         self.hardkv_workspace = RaggedWorkspace.allocate(
             cfg.layout,
             cfg.num_q_heads,
             max_batch,
             cfg.max_condensed_tokens + cfg.max_sparse_span,
-            tables.prefix_end.device,
+            device,
             SplitTokens.fixed() if self.enable_deterministic else SplitTokens.by_load(),
         )
         self.hardkv_tuning = Tuning.many_lists() if self.enable_deterministic else None
         self.hardkv_hidden = torch.zeros(0, dtype=torch.int32)
+        self.hardkv_shared, self.hardkv_groups = None, ()
+        self.hardkv_dense_start_cpu = torch.zeros(max_batch, dtype=torch.int32)
+        self.hardkv_dense_start = self.hardkv_dense_start_cpu.to(device)
+        if cfg.min_shared_tokens is not None:
+            tuning = SharedTuning.default(cfg.layout.head_dim * tables.query_ring.element_size())
+            self.hardkv_shared = SharedPrefixWorkspace.allocate(cfg.layout, cfg.num_q_heads, max_batch, device, tuning)
+            self.hardkv_dense_start = self.hardkv_shared.shared_len
+
+    @property
+    def workspace_bytes(self) -> int:
+        """See `backends.TieredBackend`."""
+        shared = self.hardkv_shared
+        return self.hardkv_workspace.num_bytes + (shared.num_bytes if shared is not None else 0)
 
     def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
         """See `backends.TieredBackend`."""
         self.hardkv_hidden = hidden
+
+    def set_prefix_groups(self, groups: Sequence[PrefixGroup]) -> None:
+        """See `backends.TieredBackend`. On the forward stream."""
+        if self.hardkv_shared is not None and groups != self.hardkv_groups:
+            self.hardkv_groups = groups
+            self.hardkv_dense_start_cpu = self.hardkv_shared.plan(groups)
 
     def forget_lists(self, rows: Iterable[int]) -> None:
         """Nothing to do: every step plans on the device's own tables."""
@@ -103,8 +130,16 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
         bs = batch.batch_size
         rows, seq_lens = batch.req_pool_indices[:bs], batch.seq_lens[:bs]
         indptr = self.kv_indptr[0][: bs + 1]
-        plan_dense_slots(self.req_to_token_pool.req_to_token, self.hardkv_tables, rows, seq_lens, indptr, slots)
-        lens_cpu = batch.seq_lens_cpu[:bs].clone()
+        plan_dense_slots(
+            self.req_to_token_pool.req_to_token,
+            self.hardkv_tables,
+            rows,
+            seq_lens,
+            self.hardkv_dense_start,
+            indptr,
+            slots,
+        )
+        lens_cpu = batch.seq_lens_cpu[:bs] - self.hardkv_dense_start_cpu[:bs]
         # rows past the batch pad a captured graph: nothing of theirs is hidden
         lens_cpu[: self.hardkv_hidden.numel()] -= self.hardkv_hidden
         self.indices_updater_decode.update(
@@ -138,6 +173,19 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
         state = self.forward_metadata.decode_wrappers[0].forward_return_lse(
             queries, pool.get_kv_buffer(index), sm_scale=layer.scaling
         )
+        if self.hardkv_shared is not None:
+            shared_prefix_decode(
+                self.hardkv_shared,
+                self.hardkv_cfg.layout,
+                forward_batch.req_pool_indices,
+                self.req_to_token_pool.req_to_token,
+                pool.k_storage,
+                pool.v_storage,
+                index,
+                queries,
+                layer.scaling,
+                state,
+            )
         ragged_decode(
             self.hardkv_workspace,
             self.hardkv_cfg.layout,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.cpu_attend import LayerRows, add_dense, attend, find_lists, no_lists
 from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.prefix_groups import PrefixGroup
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         self.hardkv_no_lists = no_lists(cfg.layout, self._attention_dtype)
 
     @property
+    def workspace_bytes(self) -> int:
+        """See `backends.TieredBackend`."""
+        return 0
+
+    @property
     def _attention_dtype(self) -> torch.dtype:
         return torch.promote_types(self.token_to_kv_pool.k_storage.dtype, torch.float32)
 
@@ -60,6 +66,9 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
 
     def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
         """Nothing to do: this backend plans on the device's own tables."""
+
+    def set_prefix_groups(self, groups: Sequence[PrefixGroup]) -> None:
+        """Nothing to do: each request is attended on its own, as stock does it."""
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Read each request's tiers once per step."""

@@ -1,4 +1,4 @@
-"""Slot list of a batch's dense tiers, for FlashInfer's page table: prefix, then recent window."""
+"""Slot list of a batch's dense tiers, for FlashInfer's page table: own prefix, then recent window."""
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
@@ -11,10 +11,11 @@ from hardkv_sglang.memory_pool.tables import DeviceTables
 
 
 @triton.jit
-def load_lens(rows, seq_lens, prefix_end, recent_start, o_b, m_b):
-    """Tokens in the dense tier of batch entries `o_b`; 0 where masked."""
+def load_lens(rows, seq_lens, shared_len, prefix_end, recent_start, o_b, m_b):
+    """Tokens in the dense tier of batch entries `o_b`, without those that a group attends; 0 where masked."""
     b_row = tl.load(rows + o_b, mask=m_b, other=0).to(tl.int64)
     b_hidden = tl.load(recent_start + b_row, mask=m_b, other=0) - tl.load(prefix_end + b_row, mask=m_b, other=0)
+    b_hidden += tl.load(shared_len + o_b, mask=m_b, other=0)
     return tl.load(seq_lens + o_b, mask=m_b, other=0).to(tl.int32) - b_hidden
 
 
@@ -23,6 +24,7 @@ def dense_slots_kernel(
     req_to_token,
     rows,
     seq_lens,
+    shared_len,
     prefix_end,
     recent_start,
     indptr,
@@ -36,19 +38,21 @@ def dense_slots_kernel(
     b_before = tl.zeros([BB], tl.int32)
     for i_first in range(0, i_b, BB):
         o_b = i_first + tl.arange(0, BB)
-        b_before += load_lens(rows, seq_lens, prefix_end, recent_start, o_b, o_b < i_b)
+        b_before += load_lens(rows, seq_lens, shared_len, prefix_end, recent_start, o_b, o_b < i_b)
     begin = tl.sum(b_before, 0)
-    length = load_lens(rows, seq_lens, prefix_end, recent_start, i_b, True)
+    length = load_lens(rows, seq_lens, shared_len, prefix_end, recent_start, i_b, True)
     if i_block == 0:
         tl.store(indptr + i_b, begin)
         tl.store(indptr + i_b + 1, begin + length)
     row = tl.load(rows + i_b).to(tl.int64)
+    shared = tl.load(shared_len + i_b)
     prefix, recent = tl.load(prefix_end + row), tl.load(recent_start + row)
     for i_n in range(i_block * BN, length, tl.num_programs(1) * BN):
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < length
+        b_position = shared + o_n
         # positions between prefix and window are not live: the window starts right behind the prefix
-        b_position = tl.where(o_n < prefix, o_n, o_n - prefix + recent)
+        b_position = tl.where(b_position < prefix, b_position, b_position - prefix + recent)
         b_slot = tl.load(req_to_token + row * stride_req + b_position, mask=m_n, other=0)
         tl.store(slots + begin + o_n, b_slot, mask=m_n)
 
@@ -58,19 +62,22 @@ def plan_dense_slots(
     tables: DeviceTables,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
+    shared_len: torch.Tensor,
     indptr: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    """Write the slots of each request's dense tier, `[0, prefix_end)` then `[recent_start, seq_len)`.
+    """Write the slots of each request's dense tier, `[shared_len, prefix_end)` then `[recent_start, seq_len)`.
 
-    req_to_token: [R, T] int32; rows: [B] integer; seq_lens: [B] integer, at least 1; indptr: [B + 1] int32, written;
-    slots: int32, written up to indptr[B]. One launch, no allocation, no sync, graph-safe.
+    req_to_token: [R, T] int32; rows: [B] integer; seq_lens: [B] integer, at least 1; shared_len: int32, at least B,
+    leading tokens that are attended elsewhere; indptr: [B + 1] int32, written; slots: int32, written up to indptr[B].
+    One launch, no allocation, no sync, graph-safe.
     """
     assert req_to_token.stride(1) == 1, "rows of req_to_token must be contiguous"
     dense_slots_kernel[(rows.numel(), 4)](
         req_to_token,
         rows,
         seq_lens,
+        shared_len,
         tables.prefix_end,
         tables.recent_start,
         indptr,

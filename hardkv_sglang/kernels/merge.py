@@ -61,17 +61,13 @@ def reduce_splits(
 
 
 @triton.jit
-def merge_into(b_o, b_lse2, i_list, o, lse2, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr):
-    """Merge the state `[BG, D]`, `[BG]` of one list into the one in memory."""
-    o_g = tl.arange(0, BG)
-    m_g = o_g < G
-    # query heads of a list are adjacent: head index h * G + g
-    o_hq = i_list.to(tl.int64) * G + o_g
-    o_od = o_hq[:, None] * D + tl.arange(0, D)[None, :]
-    b_o_there = tl.load(o + o_od, mask=m_g[:, None], other=0.0).to(tl.float32)
-    b_lse2_there = tl.load(lse2 + o_hq, mask=m_g, other=EMPTY)
+def merge_into(b_o, b_lse2, o_row, m_row, o, lse2, D: tl.constexpr):
+    """Merge states `[N, D]`, `[N]` into rows `o_row` (int64, each once) of those in memory."""
+    o_od = o_row[:, None] * D + tl.arange(0, D)[None, :]
+    b_o_there = tl.load(o + o_od, mask=m_row[:, None], other=0.0).to(tl.float32)
+    b_lse2_there = tl.load(lse2 + o_row, mask=m_row, other=EMPTY)
     # no thread may write before all have read
     tl.debug_barrier()
     b_o, b_lse2 = merge_pair(b_o, b_lse2, b_o_there, b_lse2_there)
-    tl.store(o + o_od, b_o.to(o.dtype.element_ty), mask=m_g[:, None])
-    tl.store(lse2 + o_hq, b_lse2, mask=m_g)
+    tl.store(o + o_od, b_o.to(o.dtype.element_ty), mask=m_row[:, None])
+    tl.store(lse2 + o_row, b_lse2, mask=m_row)

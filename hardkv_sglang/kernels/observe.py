@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hardkv_sglang.kernels.dependent_launch import launch_options, wait_for_previous
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
 
@@ -26,7 +27,10 @@ def observe_kernel(
     D: tl.constexpr,
     W: tl.constexpr,
     BH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait_for_previous()
     i_b, i_block = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + i_b).to(tl.int64)
     i_slot = tl.load(ring_slot + row).to(tl.int64)
@@ -74,4 +78,5 @@ def observe(
         D=D,
         W=tables.query_ring.shape[2],
         BH=block_heads,
+        **launch_options(q.device),
     )

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hardkv_sglang.kernels.dependent_launch import launch_options, wait_for_previous
 from hardkv_sglang.kernels.merge import EMPTY, State, merge_into, reduce_splits
 from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, load_item
 from hardkv_sglang.memory_pool.layout import PoolLayout
@@ -82,7 +83,10 @@ def ragged_decode_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BG: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait_for_previous()
     i_l = tl.cast(i_l, tl.int64)
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -146,8 +150,10 @@ def ragged_decode_kernel(
                 b_top, b_total, b_acc = attend_block(b_q, b_k, b_v, m_n, b_top, b_total, b_acc, scale_log2)
         b_o = b_acc * (1.0 / b_total)[:, None]
         b_lse2 = b_top + tl.log2(b_total)
+        # query heads of a list are adjacent: head index h * G + g
+        o_hq = i_list.to(tl.int64) * G
         if num_splits == 1:
-            merge_into(b_o, b_lse2, i_list, o, lse2, G, D, BM)
+            merge_into(b_o, b_lse2, o_hq + o_m, m_m, o, lse2, D)
         else:
             o_part = tl.cast(i_item, tl.int64) * G + o_m
             tl.store(partial_o + o_part[:, None] * D + o_d[None, :], b_o, mask=m_m[:, None])
@@ -159,7 +165,8 @@ def ragged_decode_kernel(
                 tl.atomic_xchg(arrivals + i_list, 0, sem="acquire")
                 tl.debug_barrier()
                 b_o_list, b_lse2_list = reduce_splits(partial_o, partial_lse2, first_item, num_splits, G, D, BG, 8)
-                merge_into(b_o_list, b_lse2_list, i_list, o, lse2, G, D, BG)
+                o_g = tl.arange(0, BG)
+                merge_into(b_o_list, b_lse2_list, o_hq + o_g, o_g < G, o, lse2, D)
 
 
 @dataclass(frozen=True)
@@ -257,4 +264,5 @@ def ragged_decode(
         BG=triton.next_power_of_2(HQ // H),
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **launch_options(q.device),
     )

@@ -53,13 +53,15 @@ def merge_states(a: State, b: State) -> State:
     return o, top + torch.log2(total)
 
 
-def dense_slots(req_to_token: torch.Tensor, tables: DeviceTables, row: int, seq_len: int) -> torch.Tensor:
-    """Slots of a row's dense tier, `[0, prefix_end)` then `[recent_start, seq_len)`; [N], dtype of the row."""
+def dense_slots(
+    req_to_token: torch.Tensor, tables: DeviceTables, row: int, seq_len: int, shared_len: int = 0
+) -> torch.Tensor:
+    """Slots of a row's dense tier, `[shared_len, prefix_end)` then `[recent_start, seq_len)`; [N], dtype of the row."""
     slots = req_to_token[row, :seq_len]
     recent_start = int(tables.recent_start[row])
     if recent_start == 0:
-        return slots
-    return torch.cat((slots[: int(tables.prefix_end[row])], slots[recent_start:]))
+        return slots[shared_len:]
+    return torch.cat((slots[shared_len : int(tables.prefix_end[row])], slots[recent_start:]))
 
 
 def dense_decode(

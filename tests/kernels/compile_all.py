@@ -25,12 +25,14 @@ from hardkv_sglang.kernels.observe import observe
 from hardkv_sglang.kernels.publish import publish
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import RaggedWorkspace, SplitTokens, plan_ragged_decode
+from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
+from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.step_plan import SelectOp
 
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
     torch.uint8: "*u8", torch.bool: "*i1", float: "fp32", int: "i32",
@@ -73,6 +75,8 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     plan_ragged_decode(workspace, layout, tables, rows)
     state = (torch.zeros_like(q), lse2)
     ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, state)
+    shared = SharedPrefixWorkspace.allocate(layout, 2 * group, 4, "cpu", SharedTuning.default(2 * head_dim))
+    shared_prefix_decode(shared, layout, rows, req_to_token, k, v, 1, q, 0.1, state)
     observe(tables, 1, rows, seq_lens, q, lse2)
     condense(k, v, layout, tables, req_to_token, rows, torch.zeros(2, 3, dtype=torch.int64))
     rows_of = torch.zeros(4, 100, dtype=torch.int64)
@@ -94,7 +98,8 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     keep = bound_counts(found.valid, torch.zeros(found.valid.shape), found.valid, 8, 64, 32)
     publish(tables, op, keep, torch.zeros(4))
     slots = torch.zeros(64, dtype=torch.int32)
-    plan_dense_slots(req_to_token, tables, rows, seq_lens, torch.zeros(3, dtype=torch.int32), slots)
+    lens, indptr = torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    plan_dense_slots(req_to_token, tables, rows, seq_lens, lens, indptr, slots)
 
 
 def main() -> None:

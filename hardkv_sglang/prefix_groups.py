@@ -1,0 +1,68 @@
+"""Which requests of a batch share a prefix, so that decode attention reads it once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Path = Sequence[tuple[int, int]]
+"""A request's nodes in the radix tree, from the root down: (node id, tokens up to the end of the node)."""
+
+
+@dataclass(frozen=True)
+class PrefixGroup:
+    """Requests whose first `num_tokens` positions have the same slots."""
+
+    num_tokens: int
+    members: tuple[int, ...]  # batch entries, ascending
+
+    @property
+    def saved_tokens(self) -> int:
+        """Reads of a token that one decode step saves when the prefix is read once."""
+        return (len(self.members) - 1) * self.num_tokens
+
+
+def group_by_prefix(paths: Sequence[Path], min_saved_tokens: int) -> tuple[PrefixGroup, ...]:
+    """Disjoint groups that each save at least `min_saved_tokens` reads of a token per step.
+
+    paths: by batch entry. One prefix per request: where prefixes nest, the one that saves most goes first.
+    Linear in the nodes of all paths, but for sorting the nodes that are worth a group.
+    """
+    members: dict[int, list[int]] = {}
+    ends: dict[int, int] = {}
+    for entry, path in enumerate(paths):
+        for node, end in path:
+            members.setdefault(node, []).append(entry)
+            ends[node] = end
+    worthy = [PrefixGroup(ends[node], tuple(entries)) for node, entries in members.items()]
+    worthy = [group for group in worthy if len(group.members) > 1 and group.saved_tokens >= min_saved_tokens]
+    chosen: list[PrefixGroup] = []
+    grouped: set[int] = set()
+    for group in sorted(worthy, key=lambda group: group.saved_tokens, reverse=True):
+        left = PrefixGroup(group.num_tokens, tuple(entry for entry in group.members if entry not in grouped))
+        if len(left.members) > 1 and left.saved_tokens >= min_saved_tokens:
+            chosen.append(left)
+            grouped.update(left.members)
+    return tuple(chosen)
+
+
+class PrefixGrouper:
+    """Groups of the running batch, looked for again when its requests change."""
+
+    def __init__(self, min_saved_tokens: int | None) -> None:
+        """min_saved_tokens: see `group_by_prefix`; None finds no groups."""
+        self.min_saved_tokens = min_saved_tokens
+        self.groups: tuple[PrefixGroup, ...] = ()
+        self._batch: Sequence[Hashable] = ()
+
+    def group(self, batch: Sequence[Hashable], find_paths: Callable[[], Sequence[Path]]) -> tuple[PrefixGroup, ...]:
+        """Groups of a batch; `batch` names its requests in order, and their rows."""
+        if self.min_saved_tokens is not None and batch != self._batch:
+            self._batch = batch
+            self.groups = group_by_prefix(find_paths(), self.min_saved_tokens)
+        return self.groups
+
+    def describe(self) -> list[dict[str, Any]]:
+        """JSON-serialisable groups of the last decode batch."""
+        return [{"tokens": group.num_tokens, "requests": len(group.members)} for group in self.groups]
