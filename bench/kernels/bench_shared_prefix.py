@@ -48,10 +48,10 @@ class Shape:
 
 
 SHAPES = [
-    Shape(64, 1, 512), Shape(64, 1, 2048), Shape(64, 1, 8192), Shape(64, 8, 512), Shape(64, 8, 2048), Shape(64, 8, 8192),
-    Shape(64, 32, 512), Shape(64, 32, 2048), Shape(16, 1, 512), Shape(16, 1, 2048), Shape(16, 1, 8192), Shape(16, 4, 2048),
-    Shape(4, 1, 1024), Shape(4, 1, 4096), Shape(4, 1, 16384), Shape(2, 1, 4096), Shape(2, 1, 16384), Shape(256, 1, 2048),
-    Shape(256, 32, 2048),
+    Shape(64, 1, 512), Shape(64, 1, 2048), Shape(64, 1, 8192), Shape(64, 8, 512), Shape(64, 8, 2048),
+    Shape(64, 8, 8192), Shape(64, 32, 512), Shape(64, 32, 2048), Shape(16, 1, 512), Shape(16, 1, 2048),
+    Shape(16, 1, 8192), Shape(16, 4, 2048), Shape(4, 1, 1024), Shape(4, 1, 4096), Shape(4, 1, 16384),
+    Shape(2, 1, 4096), Shape(2, 1, 16384), Shape(256, 1, 2048), Shape(256, 32, 2048),
 ]  # fmt: skip
 
 
@@ -87,9 +87,7 @@ class Inputs:
         kinds = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
         wrapper.plan(indptr, slots.flatten().contiguous(), last, HQ, H, D, 1, **kinds)
         pools = [(self.k[layer, :, None], self.v[layer, :, None]) for layer in range(L)]
-        return lambda layer: wrapper.run(
-            self.q[layer], pools[layer], out=self.o, lse=self.lse2, return_lse=True
-        )  # fmt: skip
+        return lambda layer: wrapper.run(self.q[layer], pools[layer], out=self.o, lse=self.lse2, return_lse=True)
 
     def shared(self, groups: list[PrefixGroup], tuning: SharedTuning) -> Callable[[int], None]:
         """Our kernel, merging into what FlashInfer wrote."""
@@ -141,8 +139,8 @@ def sweep(shape: Shape) -> list[tuple[float, SharedTuning]]:
     inputs, results = Inputs(shape), []
     own = inputs.flashinfer(shape.prefix)
     for rows, block, warps, stages in [
-        (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3),
-        (32, 64, 4, 3), (32, 64, 2, 3), (16, 64, 4, 3),
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2),
+        (128, 64, 8, 3), (128, 32, 8, 3), (32, 64, 4, 3), (32, 64, 2, 3), (16, 64, 4, 3),
     ]:  # fmt: skip
         for programs in (1, 2, 3, 4):
             tuning = SharedTuning(rows, block, warps, stages, programs)
