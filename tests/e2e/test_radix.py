@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from e2e.compressed import (
     LOGPROB_TOLERANCE,
     PAGE,
     SHORT,
+    SHORT_INTERVALS,
     STOCK,
     STRICT,
+    compressed,
     decode,
     fresh_rid,
+    hardkv_state,
     output_logprobs,
     page_ceil,
     prefill_logprobs,
@@ -71,4 +76,26 @@ def test_chunked_prefill(server_for: ServerFor) -> None:
     ours, stock = decode(server, prompt, 250, rid=rid), decode(server_for(STOCK, STRICT), prompt, 60)
     assert ours["output_ids"][:60] == stock["output_ids"]
     assert report_of(server, rid)["condense_events"] >= 1
+    server.check_idle()
+
+
+def test_a_prefix_of_several_running_requests_is_read_once(server_for: ServerFor) -> None:
+    # on a GPU, that is; without one the same groups are found, and attended request by request
+    server = server_for(compressed({**SHORT_INTERVALS, "min_shared_tokens": 2 * 96}), STRICT)
+    system, num_tokens = prompt_ids(100, seed=48), 200
+    prompts = [system + prompt_ids(10 + i, seed=49 + i) for i in range(3)]
+    decode(server, system, 1)
+    with ThreadPoolExecutor(3) as executor:
+        futures = [executor.submit(decode, server, prompt, num_tokens) for prompt in prompts]
+        seen = []
+        while not all(future.done() for future in futures):
+            seen.append(hardkv_state(server)["shared_prefixes"])
+            time.sleep(0.05)
+    assert [{"tokens": 96, "requests": 3}] in seen
+    for prompt, future in zip(prompts, futures, strict=True):
+        # dense until the first event
+        reply, exact = future.result(), PAGE + 1
+        ids = prompt + reply["output_ids"][:exact]
+        reference = prefill_logprobs(server_for(STOCK, STRICT), ids, len(prompt))
+        assert output_logprobs(reply)[:exact] == pytest.approx(reference, abs=LOGPROB_TOLERANCE)
     server.check_idle()
