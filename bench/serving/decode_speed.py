@@ -30,7 +30,7 @@ PACKAGES = ("sglang", "torch", "triton", "flashinfer-python", "hardkv-sglang")
 NAMES = ("stock", "no events", "compressed")
 
 DENSE_CASES = [(64, 1024, 200), (32, 16384, 120)]  # requests, prompt tokens, generated tokens
-TRACED_STEPS = 30
+TRACED_STEPS = 120
 LOG_LINE = re.compile(r"Decode batch, #running-req: (\d+), #token: (\d+).*?gen throughput \(token/s\): ([\d.]+)")
 FLAGS: dict[str, Any] = {
     "load-format": "dummy",
@@ -97,9 +97,9 @@ def measure_dense(server: ServerProcess, cases: list[tuple[int, int, int]], fold
     return results
 
 
-def measure_compressed(server: ServerProcess, num_tokens: int, folder: Path) -> dict[str, Any]:
-    """32 requests from 512 tokens to `num_tokens` more; speed over the last eighth."""
-    lines, trace = generate_traced(server, [prompt(512, i) for i in range(32)], num_tokens, folder)
+def measure_compressed(server: ServerProcess, batch: int, num_tokens: int, folder: Path) -> dict[str, Any]:
+    """Requests from 512 tokens to `num_tokens` more; speed over the last eighth."""
+    lines, trace = generate_traced(server, [prompt(512, i) for i in range(batch)], num_tokens, folder)
     tail = lines[-len(lines) // 8 :]
     state = server.server_info()["internal_states"][0]["hardkv"]
     return {
@@ -107,7 +107,8 @@ def measure_compressed(server: ServerProcess, num_tokens: int, folder: Path) -> 
         "mean_tokens_per_second": len(tail) / sum(1 / rate for _, rate in tail),
         "slowest_tokens_per_second": min(rate for _, rate in tail),
         "pool_tokens": tail[-1][0],
-        "dense_tokens": 32 * (512 + num_tokens),
+        "requests": batch,
+        "dense_tokens": batch * (512 + num_tokens),
         "table_bytes": state["table_bytes"],
         "select_events": state["select_events"],
         "condense_events": state["condense_events"],
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             server.wait_ready()
             generate(server, [prompt(64, i) for i in range(8)], 16)  # warm-up
             if name == "compressed":
-                results[name] = measure_compressed(server, args.tokens, folder / name)
+                results[name] = measure_compressed(server, args.batch, args.tokens, folder / name)
             else:
                 results[name] = measure_dense(server, args.cases, folder / name)
         finally:
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, default="qwen3-8b")
     parser.add_argument("--only", choices=NAMES, nargs="+", default=NAMES, help="only these servers")
     parser.add_argument("--cases", type=case, nargs="+", default=DENSE_CASES, metavar="BxPxT", help="of dense servers")
+    parser.add_argument("--batch", type=int, default=32, help="compressed requests")
     parser.add_argument("--tokens", type=int, default=16000, help="generated tokens of the compressed requests")
     parser.add_argument("--max-tokens", type=int, default=2048, help="cap per KV head")
     parser.add_argument("--json", type=Path, required=True, help="figures; the servers' logs go beside it")

@@ -6,7 +6,9 @@ A trace also proves what a step does not do: wait for the device, or allocate de
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,7 @@ DECODE_STEP = "cudaGraphLaunch"
 OWN_GROUPS: Mapping[str, tuple[str, ...]] = {
     "ragged_decode": ("ragged_decode_kernel",),
     "ragged_plan": ("plan_kernel",),
+    "shared_prefix": ("shared_prefix_kernel",),
     "observe": ("observe_kernel",),
     "events": (
         "list_candidates_kernel", "weigh_kernel", "importance_kernel", "value_", "bound_kernel", "publish_kernel",
@@ -50,6 +53,7 @@ class StepTrace:
     groups_us: dict[str, float]  # GPU time by group
     kernels_us: dict[str, float]  # the longest, by name
     host_calls: dict[str, int]  # CUDA API calls by name
+    step_times_us: list[float]  # from one graph's first kernel to the next one's, in order
 
     @classmethod
     def read(cls, path: Path) -> StepTrace:
@@ -66,7 +70,9 @@ class StepTrace:
         intervals = sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in on_gpu)
         longest = dict(sorted(kernels.items(), key=lambda item: -item[1])[:24])
         span = max((end for _, end in intervals), default=0.0) - (intervals[0][0] if intervals else 0.0)
-        return cls(calls[DECODE_STEP], span, covered(intervals), dict(groups), longest, dict(calls))
+        starts = graph_starts(events, on_gpu)
+        times = [after - before for before, after in itertools.pairwise(starts)]
+        return cls(calls[DECODE_STEP], span, covered(intervals), dict(groups), longest, dict(calls), times)
 
     def waits(self) -> int:
         """Host calls that wait for everything the device has to do."""
@@ -83,12 +89,30 @@ class StepTrace:
             "steps": self.steps,
             "step_us": round(self.span_us / steps, 1),
             "busy_us": round(self.busy_us / steps, 1),
+            "median_step_us": round(statistics.median(self.step_times_us or [0.0]), 1),
+            "slowest_step_us": round(max(self.step_times_us, default=0.0), 1),
             "groups_us": {name: round(us / steps, 1) for name, us in sorted(self.groups_us.items())},
             "kernels_us": {name[:110]: round(us / steps, 1) for name, us in self.kernels_us.items()},
             "host_waits": self.waits(),
             "host_allocations": self.allocations(),
             "host_calls": self.host_calls,
         }
+
+
+def graph_starts(events: Sequence[Mapping[str, Any]], on_gpu: Sequence[Mapping[str, Any]]) -> list[float]:
+    """When the first kernel of each decode step started, in order."""
+    launches = {correlation(e) for e in events if e.get("name") == DECODE_STEP}
+    starts: dict[Any, float] = {}
+    for event in on_gpu:
+        launch = correlation(event)
+        if launch in launches:
+            starts[launch] = min(starts.get(launch, float("inf")), float(event["ts"]))
+    return sorted(starts.values())
+
+
+def correlation(event: Mapping[str, Any]) -> Any:
+    """What a launch and its kernels have in common."""
+    return event.get("args", {}).get("correlation", -1)
 
 
 def group_of(kernel: str) -> str:

@@ -38,6 +38,26 @@ def test_sums_of_a_trace(trace: Path) -> None:
     assert sums.per_step()["step_us"] == 54
 
 
+def test_time_of_each_step(tmp_path: Path) -> None:
+    launches = [
+        {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": i, "dur": 1, "args": {"correlation": i}}
+        for i in range(4)
+    ]
+    # two kernels a graph, and one outside of any
+    kernels = [
+        {"cat": "kernel", "name": "x", "ts": 10 * i * i + late, "dur": 1, "args": {"correlation": i}}
+        for i in range(4)
+        for late in (3, 0)
+    ]
+    other = {"cat": "kernel", "name": "copy_kernel", "ts": 5, "dur": 1, "args": {"correlation": 77}}
+    path = tmp_path / "x.trace.json.gz"
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": [*launches, *kernels, other]}, file)
+    trace = StepTrace.read(path)
+    assert trace.step_times_us == [10, 30, 50]
+    assert (trace.per_step()["median_step_us"], trace.per_step()["slowest_step_us"]) == (30, 50)
+
+
 def test_a_trace_without_gpu_activity(tmp_path: Path) -> None:
     path = tmp_path / "empty.trace.json.gz"
     with gzip.open(path, "wt") as file:
