@@ -22,10 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import write_report
 from timing import copy_bandwidth, percentiles, replay_times
 
+from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.kernels import reference
+from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
 from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.prefix_groups import PrefixGroup
 
 L, HQ, H, D, PAGE = 8, 32, 8, 128, 32
@@ -75,6 +78,8 @@ class Inputs:
         ]
         self.k, self.v = (torch.randn(L, pages * PAGE, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         self.q = torch.randn(L, shape.batch, HQ, D, device="cuda", dtype=torch.bfloat16)
+        cfg = ResolvedConfig(HardKVConfig(max_tokens=32), self.layout, HQ, SCALE, shape.batch, 1024)
+        self.tables = DeviceTables.allocate(cfg, torch.bfloat16, "cuda")
         self.o, self.lse2 = torch.empty_like(self.q[0]), torch.empty(shape.batch, HQ, device="cuda")
 
     def flashinfer(self, start: int) -> Callable[[int], None]:
@@ -90,12 +95,16 @@ class Inputs:
         return lambda layer: wrapper.run(self.q[layer], pools[layer], out=self.o, lse=self.lse2, return_lse=True)
 
     def shared(self, groups: list[PrefixGroup], tuning: SharedTuning) -> Callable[[int], None]:
-        """Our kernel, merging into what FlashInfer wrote."""
+        """Our kernels, joining into what FlashInfer wrote; nobody's query is recorded."""
         workspace = SharedPrefixWorkspace.allocate(self.layout, HQ, self.shape.batch, "cuda", tuning)
         workspace.plan(groups)
-        state = (self.o, self.lse2)
         pool = (self.rows, self.req_to_token, self.k, self.v)
-        return lambda layer: shared_prefix_decode(workspace, self.layout, *pool, layer, self.q[layer], SCALE, state)
+
+        def launch(layer: int) -> None:
+            shared_prefix_decode(workspace, self.layout, *pool, layer, self.q[layer], SCALE)
+            finish_layer(self.tables, workspace, layer, self.rows, self.rows, self.q[layer], (self.o, self.lse2))
+
+        return launch
 
     def check(self, *calls: Callable[[int], None]) -> None:
         """Against float64, on a few requests of the last layer."""
@@ -163,7 +172,7 @@ def main() -> None:
             for time, tuning in sweep(shape)[:8]:
                 print("  ", time, tuning, flush=True)
         return
-    bandwidth, tuning, rows = copy_bandwidth(), SharedTuning.default(2 * D), []
+    bandwidth, tuning, rows = copy_bandwidth(), SharedTuning.default(2 * D, HQ // H), []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
     for shape in (SHAPES[i] for i in args.shapes):
         rows.append(measure(shape, tuning))

@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-GROUPS = ("matrix products", "dense attention", "ragged_decode", "observe", "ragged_plan", "other")
+GROUPS = ("matrix products", "dense attention", "ragged_decode", "observe", "finish", "ragged_plan", "other")
 CASES = {"stock": "stock, 32 x 16.4k", "compressed": "compressed, 32 requests"}
 
 

@@ -29,7 +29,7 @@ OWN_GROUPS: Mapping[str, tuple[str, ...]] = {
     "ragged_decode": ("ragged_decode_kernel",),
     "ragged_plan": ("plan_kernel",),
     "shared_prefix": ("shared_prefix_kernel",),
-    "observe": ("observe_kernel",),
+    "finish": ("finish_kernel",),
     "events": (
         "list_candidates_kernel", "weigh_kernel", "importance_kernel", "value_", "bound_kernel", "publish_kernel",
         "count_kernel", "copy_kernel",

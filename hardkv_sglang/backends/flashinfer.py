@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.kernels.dense_slots import plan_dense_slots
-from hardkv_sglang.kernels.observe import observe
+from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitRule, Tuning
@@ -68,7 +68,8 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
         self.hardkv_dense_start_cpu = torch.zeros(max_batch, dtype=torch.int32)
         self.hardkv_dense_start = self.hardkv_dense_start_cpu.to(device)
         if cfg.min_shared_tokens is not None:
-            tuning = SharedTuning.default(cfg.layout.head_dim * tables.query_ring.element_size())
+            row_bytes = cfg.layout.head_dim * tables.query_ring.element_size()
+            tuning = SharedTuning.default(row_bytes, cfg.group_size)
             self.hardkv_shared = SharedPrefixWorkspace.allocate(cfg.layout, cfg.num_q_heads, max_batch, device, tuning)
             self.hardkv_dense_start = self.hardkv_shared.shared_len
 
@@ -184,7 +185,6 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
                 index,
                 queries,
                 layer.scaling,
-                state,
             )
         ragged_decode(
             self.hardkv_workspace,
@@ -199,5 +199,5 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
             state,
         )
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
-        observe(tables, index, rows, seq_lens, queries, state[1])
+        finish_layer(tables, self.hardkv_shared, index, rows, seq_lens, queries, state)
         return state[0].view(-1, layer.tp_q_head_num * layer.head_dim)

@@ -16,7 +16,8 @@ from hardkv_sglang.prefix_groups import PrefixGroup
 
 SPLIT_ALIGN = 64
 MIN_SPLIT = 256
-ITEM_FIELDS = 8
+ITEM_FIELDS = 4
+ENTRY_FIELDS = 4
 
 
 @dataclass(frozen=True)
@@ -30,26 +31,27 @@ class SharedTuning:
     programs_per_multiprocessor: int
 
     @classmethod
-    def default(cls, row_bytes: int) -> SharedTuning:
-        """For K rows of `row_bytes`: what fits a multiprocessor."""
+    def default(cls, row_bytes: int, group_size: int) -> SharedTuning:
+        """For K rows of `row_bytes` and `group_size` query heads per KV head: what fits a multiprocessor."""
+        tile_rows = max(32, triton.next_power_of_2(group_size))
         if row_bytes > 256:
-            return cls(tile_rows=64, block_tokens=32, num_warps=4, num_stages=2, programs_per_multiprocessor=2)
-        return cls(tile_rows=64, block_tokens=64, num_warps=4, num_stages=3, programs_per_multiprocessor=2)
+            return cls(tile_rows, block_tokens=32, num_warps=4, num_stages=2, programs_per_multiprocessor=2)
+        return cls(tile_rows, block_tokens=64, num_warps=4, num_stages=3, programs_per_multiprocessor=2)
 
 
 @dataclass(frozen=True)
 class SharedPrefixWorkspace:
-    """Device memory of the op, shared by all layers and batch sizes of one stream; written by `plan` only."""
+    """Device memory of the op, shared by all layers and batch sizes of one stream; the work list is `plan`'s."""
 
-    table: torch.Tensor  # int32, one copy from the host: the four below are views of it
+    table: torch.Tensor  # int32, one copy from the host: the five below are views of it
     num_items: torch.Tensor  # [1] int32
     shared_len: torch.Tensor  # [max_batch] int32, leading tokens of each batch entry that its group attends
     members: torch.Tensor  # [max_batch] int32, batch entries, group after group
-    items: torch.Tensor  # [N, 8] int32: first member, members, start, end, tile, first item of the tile, splits, 0
+    entries: torch.Tensor  # [max_batch, 4] int32, of each batch entry: first item, splits, first row in the tile, 0
+    items: torch.Tensor  # [N, 4] int32: first member, members, start, end
     partial_o: torch.Tensor  # [H, N, tile_rows, D] float32
     partial_lse2: torch.Tensor  # [H, N, tile_rows] float32
-    arrivals: torch.Tensor  # [tiles, H] int32, finished splits; zero between launches
-    tile_members: int
+    group_size: int  # query heads per KV head
     num_programs: int
     tuning: SharedTuning
 
@@ -62,37 +64,41 @@ class SharedPrefixWorkspace:
         device: torch.device | str,
         tuning: SharedTuning,
     ) -> SharedPrefixWorkspace:
-        """Allocate for batches up to `max_batch`, empty. Raises `ValueError` if a KV head has too many query heads."""
-        tile_members = tuning.tile_rows * layout.num_kv_heads // num_q_heads
-        if tile_members == 0:
-            raise ValueError(f"more than {tuning.tile_rows} query heads per KV head: set min_shared_tokens to null")
+        """Allocate for batches up to `max_batch`, empty."""
+        H, D, G = layout.num_kv_heads, layout.head_dim, num_q_heads // layout.num_kv_heads
+        assert tuning.tile_rows >= G, "a tile must hold the query heads of a request"
         on_gpu = torch.device(device).type == "cuda"
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
         programs = multiprocessors * tuning.programs_per_multiprocessor
         # a group has two members at least, which small tiles may separate
-        max_tiles = max(1, max_batch // 2) if tile_members > 2 else max_batch
-        max_items = max_tiles + triton.cdiv(programs, layout.num_kv_heads)
-        H, D = layout.num_kv_heads, layout.head_dim
-        table = torch.zeros(1 + 2 * max_batch + max_items * ITEM_FIELDS, dtype=torch.int32, device=device)
-        num_items, shared_len, members, items = table.split((1, max_batch, max_batch, max_items * ITEM_FIELDS))
+        max_tiles = max(1, max_batch // 2) if tuning.tile_rows // G > 2 else max_batch
+        max_items = max_tiles + triton.cdiv(programs, H)
+        sizes = (1, max_batch, max_batch, max_batch * ENTRY_FIELDS, max_items * ITEM_FIELDS)
+        table = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        num_items, shared_len, members, entries, items = table.split(sizes)
         return cls(
             table=table,
             num_items=num_items,
             shared_len=shared_len,
             members=members,
+            entries=entries.view(max_batch, ENTRY_FIELDS),
             items=items.view(max_items, ITEM_FIELDS),
             partial_o=torch.zeros(H, max_items, tuning.tile_rows, D, dtype=torch.float32, device=device),
             partial_lse2=torch.zeros(H, max_items, tuning.tile_rows, dtype=torch.float32, device=device),
-            arrivals=torch.zeros(max_tiles, H, dtype=torch.int32, device=device),
-            tile_members=tile_members,
+            group_size=G,
             num_programs=programs,
             tuning=tuning,
         )
 
     @property
+    def max_items(self) -> int:
+        """Most work items of one plan."""
+        return self.items.shape[0]
+
+    @property
     def num_bytes(self) -> int:
         """Device memory of the workspace, in bytes."""
-        tensors = (self.table, self.partial_o, self.partial_lse2, self.arrivals)
+        tensors = (self.table, self.partial_o, self.partial_lse2)
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def plan(self, groups: Sequence[PrefixGroup]) -> torch.Tensor:
@@ -100,36 +106,44 @@ class SharedPrefixWorkspace:
 
         Guarantees: no sync; the copy is ordered on the current stream.
         """
-        max_batch, num_heads = self.shared_len.numel(), self.arrivals.shape[1]
-        tiles: list[tuple[int, int, int]] = []  # first member, members, tokens
-        members: list[int] = []
+        max_batch, tile_members = self.shared_len.numel(), self.tuning.tile_rows // self.group_size
+        members = [entry for group in groups for entry in group.members]
+        items = cut_groups(groups, tile_members, self.num_programs // self.partial_o.shape[0])
+        assert len(items) <= self.max_items, "more work items than the workspace was allocated for"
         shared_len = [0] * max_batch
         for group in groups:
             for entry in group.members:
                 shared_len[entry] = group.num_tokens
-            for first in range(0, len(group.members), self.tile_members):
-                count = min(self.tile_members, len(group.members) - first)
-                tiles.append((len(members) + first, count, group.num_tokens))
-            members.extend(group.members)
-        items = cut_tiles(tiles, max(1, self.num_programs // num_heads))
-        assert len(items) <= self.items.shape[0], "more work items than the workspace was allocated for"
-        flat = [field for item in items for field in item]
-        padding = [0] * (self.table.numel() - 1 - 2 * max_batch - len(flat))
-        values = [len(items), *shared_len, *members, *[0] * (max_batch - len(members)), *flat, *padding]
+        places = [[0] * ENTRY_FIELDS for _ in range(max_batch)]
+        for i, (first, count, start, _) in enumerate(items):
+            for place, entry in enumerate(members[first : first + count]):
+                first_item = i if start == 0 else places[entry][0]
+                places[entry] = [first_item, places[entry][1] + 1, place * self.group_size, 0]
+        flat = [field for row in (*places, *items) for field in row]
+        values = [len(items), *shared_len, *members, *[0] * (max_batch - len(members)), *flat]
+        values += [0] * (self.table.numel() - len(values))
         # from pinned memory, which PyTorch keeps until the copy is done, the host does not wait
         host = torch.tensor(values, dtype=torch.int32, pin_memory=self.table.is_cuda)
         self.table.copy_(host, non_blocking=True)
         return host[1 : 1 + max_batch]
 
 
-def cut_tiles(tiles: Sequence[tuple[int, int, int]], target: int) -> list[tuple[int, ...]]:
-    """Items of all tiles: at least about `target` of them where the splits would not become too short."""
+def cut_groups(groups: Sequence[PrefixGroup], tile_members: int, target: int) -> list[tuple[int, int, int, int]]:
+    """Items (first member, members, start, end): tiles of members, splits of a tile one after the other.
+
+    At least about `target` items, where splits would not become too short.
+    """
+    tiles: list[tuple[int, int, int]] = []  # first member, members, tokens
+    first = 0
+    for group in groups:
+        size = len(group.members)
+        for place in range(0, size, tile_members):
+            tiles.append((first + place, min(tile_members, size - place), group.num_tokens))
+        first += size
     total = sum(tokens for _, _, tokens in tiles)
-    split = max(MIN_SPLIT, triton.cdiv(triton.cdiv(total, target), SPLIT_ALIGN) * SPLIT_ALIGN)
-    items: list[tuple[int, ...]] = []
-    for tile, (first, count, tokens) in enumerate(tiles):
-        size = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, split)), SPLIT_ALIGN) * SPLIT_ALIGN
-        splits, first_item = triton.cdiv(tokens, size), len(items)
-        for start in range(0, tokens, size):
-            items.append((first, count, start, min(start + size, tokens), tile, first_item, splits, 0))
+    longest = max(MIN_SPLIT, -(-total // max(1, target)))
+    items: list[tuple[int, int, int, int]] = []
+    for first, count, tokens in tiles:
+        split = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, longest)), SPLIT_ALIGN) * SPLIT_ALIGN
+        items.extend((first, count, start, min(start + split, tokens)) for start in range(0, tokens, split))
     return items

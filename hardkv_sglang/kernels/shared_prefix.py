@@ -1,7 +1,7 @@
 """Decode attention over prefixes that requests of a batch share: each is read once for a tile of requests.
 
 The second level of a cascade. FlashInfer's own fixes the number of groups, and with them the launch, when a graph is
-captured; this one reads its work list from device memory. Splits are merged in order, whoever finishes last.
+captured; this one reads its work list from device memory. `finish_layer` joins the states of its splits.
 """
 
 # mypy: allow-untyped-defs
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from hardkv_sglang.kernels.dependent_launch import launch_options, wait_for_previous
-from hardkv_sglang.kernels.merge import EMPTY, State, merge_into, reduce_splits
+from hardkv_sglang.kernels.merge import EMPTY
 from hardkv_sglang.kernels.ragged_decode import attend_block
 from hardkv_sglang.kernels.shared_plan import ITEM_FIELDS, SharedPrefixWorkspace
 from hardkv_sglang.memory_pool.layout import PoolLayout
@@ -25,8 +25,6 @@ def shared_prefix_kernel(
     q,
     k,
     v,
-    o,
-    lse2,
     rows,
     req_to_token,
     num_items,
@@ -34,7 +32,6 @@ def shared_prefix_kernel(
     items,
     partial_o,
     partial_lse2,
-    arrivals,
     scale_log2,
     i_l,
     max_items,
@@ -60,13 +57,12 @@ def shared_prefix_kernel(
         i_item, i_h = i_work // H, i_work % H
         p_item = items + i_item * FIELDS
         first_member, num_members = tl.load(p_item), tl.load(p_item + 1)
-        start, end, tile = tl.load(p_item + 2), tl.load(p_item + 3), tl.load(p_item + 4)
-        first_item, num_splits = tl.load(p_item + 5), tl.load(p_item + 6)
+        start, end = tl.load(p_item + 2), tl.load(p_item + 3)
         m_m = o_m < num_members * G
         b_entry = tl.load(members + first_member + o_m // G, mask=m_m, other=0).to(tl.int64)
-        b_hq = i_h * G + o_m % G
         # [BM, D], the query group of this KV head of every member
-        b_q = tl.load(q + (b_entry * stride_q + b_hq * D)[:, None] + o_d[None, :], mask=m_m[:, None], other=0.0)
+        o_q = b_entry * stride_q + (i_h * G + o_m % G) * D
+        b_q = tl.load(q + o_q[:, None] + o_d[None, :], mask=m_m[:, None], other=0.0)
         # all members have these slots
         row = tl.load(rows + tl.load(members + first_member)).to(tl.int64)
         p_slots = req_to_token + row * stride_req
@@ -82,27 +78,11 @@ def shared_prefix_kernel(
             # one block ahead, so that no block waits for its slots
             b_slot = tl.load(p_slots + i_n + BN + o_n, mask=i_n + BN + o_n < end, other=0)
             b_top, b_total, b_acc = attend_block(b_q, b_k, b_v, m_n, b_top, b_total, b_acc, scale_log2)
+        # [H, N, BM]: splits of a tile lie next to each other
+        o_part = (i_h.to(tl.int64) * max_items + i_item) * BM + o_m
         b_o = b_acc * (1.0 / b_total)[:, None]
-        b_lse2 = b_top + tl.log2(b_total)
-        o_state = b_entry * (H * G) + b_hq
-        if num_splits == 1:
-            merge_into(b_o, b_lse2, o_state, m_m, o, lse2, D)
-        else:
-            # [H, N, BM]: splits of a tile lie next to each other
-            i_part = i_h.to(tl.int64) * max_items + i_item
-            o_part = i_part * BM + o_m
-            tl.store(partial_o + o_part[:, None] * D + o_d[None, :], b_o)
-            tl.store(partial_lse2 + o_part, b_lse2)
-            # every thread's stores come before the release, which makes them visible to the last to arrive
-            tl.debug_barrier()
-            p_arrivals = arrivals + tile * H + i_h
-            arrived = tl.atomic_add(p_arrivals, 1, sem="release")
-            if arrived == num_splits - 1:
-                tl.atomic_xchg(p_arrivals, 0, sem="acquire")
-                tl.debug_barrier()
-                i_first = i_h * max_items + first_item
-                b_o_all, b_lse2_all = reduce_splits(partial_o, partial_lse2, i_first, num_splits, BM, D, BM, 2)
-                merge_into(b_o_all, b_lse2_all, o_state, m_m, o, lse2, D)
+        tl.store(partial_o + o_part[:, None] * D + o_d[None, :], b_o, mask=m_m[:, None])
+        tl.store(partial_lse2 + o_part, b_top + tl.log2(b_total), mask=m_m)
 
 
 def shared_prefix_decode(
@@ -115,31 +95,26 @@ def shared_prefix_decode(
     layer: int,
     q: torch.Tensor,
     scale: float,
-    state: State,
 ) -> None:
-    """Merge the attention of one query token per request over its shared prefix into `state`.
+    """Attention of one query token per request over its shared prefix, into the workspace.
 
-    The groups are those of the last `workspace.plan`; a request outside of them is not touched.
+    The groups are those of the last `workspace.plan`.
 
     rows: [B] integer, request rows; req_to_token: [R, T] integer slots; k_storage, v_storage: [L, S, H, D] contiguous,
-    the whole pool; q: [B, HQ, D], D 64, 128 or 256, strided in B at most; state: as of `ragged_decode`, over the
-    tokens behind the shared prefix.
+    the whole pool; q: [B, HQ, D], D 64, 128 or 256, strided in B at most.
     Guarantees: one launch, graph-safe, no allocation, no sync; deterministic for the same groups; float32 accumulation.
     """
     HQ, D = q.shape[1:]
-    H = layout.num_kv_heads
-    assert state[0].is_contiguous() and state[1].is_contiguous(), "the state must be contiguous"
-    assert state[0].shape == q.shape and state[1].dtype == torch.float32, "o: shape of q; lse2: float32"
+    H, tuning = layout.num_kv_heads, workspace.tuning
     assert q.stride(2) == 1 and q.stride(1) == D and D in (64, 128, 256), "q must be [B, HQ, D], D 64, 128 or 256"
     assert q.dtype == k_storage.dtype == v_storage.dtype, "q and the pool must have one dtype"
+    assert k_storage.is_contiguous() and v_storage.is_contiguous(), "the pool must be contiguous"
     assert req_to_token.stride(1) == 1, "rows of req_to_token must be contiguous"
-    tuning = workspace.tuning
-    assert workspace.tile_members == tuning.tile_rows // (HQ // H), "the workspace is for other heads"
+    assert workspace.group_size == HQ // H, "the workspace is for other heads"
     shared_prefix_kernel[(workspace.num_programs,)](
         q,
         k_storage,
         v_storage,
-        *state,
         rows,
         req_to_token,
         workspace.num_items,
@@ -147,10 +122,9 @@ def shared_prefix_decode(
         workspace.items,
         workspace.partial_o,
         workspace.partial_lse2,
-        workspace.arrivals,
         scale_log2=scale * math.log2(math.e),
         i_l=layer,
-        max_items=workspace.items.shape[0],
+        max_items=workspace.max_items,
         num_slots=layout.num_slots,
         stride_q=q.stride(0),
         stride_req=req_to_token.stride(0),

@@ -42,7 +42,7 @@ def test_steps_without_events_neither_wait_nor_allocate(server_for: Callable[...
     assert hardkv_state(ours)["select_events"] == 0
     assert trace.steps >= STEPS // 2, "no captured steps in the trace"
     assert trace.groups_us["ragged_decode"] > 0
-    assert trace.groups_us["observe"] > 0
+    assert trace.groups_us["finish"] > 0
     assert trace.allocations() == 0, trace.host_calls
     stock = trace_decode(server_for(STOCK), tmp_path / "stock")
     assert trace.waits() / trace.steps <= stock.waits() / stock.steps, (trace.host_calls, stock.host_calls)

@@ -19,9 +19,9 @@ from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.kernels.bound import bound_counts
 from hardkv_sglang.kernels.condense import condense
 from hardkv_sglang.kernels.dense_slots import plan_dense_slots
+from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
 from hardkv_sglang.kernels.list_candidates import list_candidates
-from hardkv_sglang.kernels.observe import observe
 from hardkv_sglang.kernels.publish import publish
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
@@ -76,9 +76,10 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     plan_ragged_decode(workspace, layout, tables, rows)
     state = (torch.zeros_like(q), lse2)
     ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, state)
-    shared = SharedPrefixWorkspace.allocate(layout, 2 * group, 4, "cpu", SharedTuning.default(2 * head_dim))
-    shared_prefix_decode(shared, layout, rows, req_to_token, k, v, 1, q, 0.1, state)
-    observe(tables, 1, rows, seq_lens, q, lse2)
+    shared = SharedPrefixWorkspace.allocate(layout, 2 * group, 4, "cpu", SharedTuning.default(2 * head_dim, group))
+    shared_prefix_decode(shared, layout, rows, req_to_token, k, v, 1, q, 0.1)
+    for workspace_or_none in (shared, None):
+        finish_layer(tables, workspace_or_none, 1, rows, seq_lens, q, state)
     condense(k, v, layout, tables, req_to_token, rows, torch.zeros(2, 3, dtype=torch.int64))
     rows_of = torch.zeros(4, 100, dtype=torch.int64)
     lists = PooledLists(

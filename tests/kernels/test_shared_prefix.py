@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from hardkv_sglang.config import HardKVConfig, ResolvedConfig
 from hardkv_sglang.kernels import EMPTY_LSE2, reference
-from hardkv_sglang.kernels.shared_plan import MIN_SPLIT, SPLIT_ALIGN, SharedPrefixWorkspace, SharedTuning, cut_tiles
+from hardkv_sglang.kernels.finish import finish_layer
+from hardkv_sglang.kernels.shared_plan import MIN_SPLIT, SPLIT_ALIGN, SharedPrefixWorkspace, SharedTuning, cut_groups
 from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.prefix_groups import PrefixGroup
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
@@ -72,8 +75,18 @@ def build_batch(
 
 
 def workspace_for(batch: Batch, max_batch: int) -> SharedPrefixWorkspace:
-    tuning = SharedTuning.default(batch.layout.head_dim * batch.k.element_size())
+    group_size = batch.q.shape[1] // batch.layout.num_kv_heads
+    tuning = SharedTuning.default(batch.layout.head_dim * batch.k.element_size(), group_size)
     return SharedPrefixWorkspace.allocate(batch.layout, batch.q.shape[1], max_batch, batch.k.device, tuning)
+
+
+def tables_for(batch: Batch) -> DeviceTables:
+    """Tables in which only the first request of the batch has a place in the observation ring."""
+    options, num_rows = HardKVConfig(max_tokens=32), batch.req_to_token.shape[0]
+    cfg = ResolvedConfig(options, batch.layout, batch.q.shape[1], 1.0, num_rows, 1024)
+    tables = DeviceTables.allocate(cfg, batch.q.dtype, batch.q.device)
+    tables.ring_slot[batch.rows[0]] = 0
+    return tables
 
 
 def run(batch: Batch, state: reference.State, workspace: SharedPrefixWorkspace | None = None) -> torch.Tensor:
@@ -81,11 +94,14 @@ def run(batch: Batch, state: reference.State, workspace: SharedPrefixWorkspace |
     size = batch.rows.numel()
     workspace = workspace or workspace_for(batch, size + 2)
     lens = workspace.plan(batch.groups)
+    scale = batch.layout.head_dim**-0.5
     shared_prefix_decode(
-        workspace, batch.layout, batch.rows, batch.req_to_token, batch.k, batch.v, LAYER, batch.q,
-        batch.layout.head_dim**-0.5, state,
-    )  # fmt: skip
-    assert not workspace.arrivals.any()
+        workspace, batch.layout, batch.rows, batch.req_to_token, batch.k, batch.v, LAYER, batch.q, scale
+    )
+    tables = tables_for(batch)
+    finish_layer(tables, workspace, LAYER, batch.rows, torch.ones_like(batch.rows), batch.q, state)
+    assert torch.equal(tables.lse2_ring[LAYER, 0, 0], state[1][0])
+    assert torch.equal(tables.query_ring[LAYER, 0, 0], batch.q[0])
     assert workspace.shared_len.tolist() == lens.tolist()
     return lens
 
@@ -132,7 +148,7 @@ def test_prefix_and_own_tokens_make_the_whole(device: str, groups: list[PrefixGr
 
 @pytest.mark.parametrize(
     ("heads", "group", "dim", "members"),
-    [(3, 1, 64, 70), (1, 3, 64, 23), (1, 8, 128, 9), (2, 2, 256, 2), (1, 7, 64, 19), (1, 32, 64, 3), (1, 64, 64, 2)],
+    [(3, 1, 64, 70), (1, 3, 64, 23), (1, 8, 128, 9), (2, 2, 256, 2), (1, 7, 64, 19), (1, 16, 64, 3), (1, 71, 64, 2)],
 )
 def test_shapes(device: str, heads: int, group: int, dim: int, members: int) -> None:
     # more members than a tile holds; into empty states, which gives the state of the prefix alone
@@ -161,21 +177,21 @@ def test_a_new_plan_replaces_the_old(device: str) -> None:
 
 
 @pytest.mark.parametrize("target", [1, 3, 33])
-@pytest.mark.parametrize("tokens", [[32], [255, 256, 257], [16, 5000, 2048, 2048], [32] * 40])
-def test_tiles_are_cut_once(tokens: list[int], target: int) -> None:
-    tiles = [(10 * i, i + 1, n) for i, n in enumerate(tokens)]
-    items = cut_tiles(tiles, target)
-    assert len(items) <= len(tiles) + target
-    for tile, (first, count, n) in enumerate(tiles):
-        own = [(i, item) for i, item in enumerate(items) if item[4] == tile]
-        assert [i for i, _ in own] == list(range(own[0][1][5], own[0][1][5] + own[0][1][6]))
-        assert all(item[:2] == (first, count) for _, item in own)
-        bounds = [item[2:4] for _, item in own]
-        assert bounds[0][0] == 0 and bounds[-1][1] == n
-        assert all(a[1] == b[0] and a[1] % SPLIT_ALIGN == 0 for a, b in itertools.pairwise(bounds))
-        assert all(start < end for start, end in bounds)
-
-
-def test_too_many_query_heads_are_refused(device: str) -> None:
-    with pytest.raises(ValueError, match="min_shared_tokens"):
-        SharedPrefixWorkspace.allocate(PoolLayout(1, 1, 64, 32, 64), 65, 4, device, SharedTuning.default(128))
+@pytest.mark.parametrize("tokens", [[], [32], [255, 256, 257], [16, 5000, 2048, 2048], [32] * 40])
+def test_groups_are_cut_once(tokens: list[int], target: int) -> None:
+    groups = [PrefixGroup(n, tuple(range(100 * i, 100 * i + 2 + 3 * i % 7))) for i, n in enumerate(tokens)]
+    items = cut_groups(groups, 4, target)
+    tiles = sum(-(-len(group.members) // 4) for group in groups)
+    assert len(items) <= tiles + target
+    want = [
+        (member, token) for group in groups for member in range(len(group.members)) for token in range(group.num_tokens)
+    ]
+    first, seen = 0, []
+    for group in groups:
+        own = [item for item in items if first <= item[0] < first + len(group.members)]
+        seen += [(m - first, t) for f, count, start, end in own for m in range(f, f + count) for t in range(start, end)]
+        first += len(group.members)
+        assert all(count <= 4 and start % SPLIT_ALIGN == 0 for _, count, start, _ in own)
+    assert sorted(seen) == sorted(want)
+    # splits of a tile follow each other
+    assert all(b[2] == (a[3] if a[0] == b[0] else 0) for a, b in itertools.pairwise(items))
