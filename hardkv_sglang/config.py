@@ -80,9 +80,9 @@ class HardKVConfig:
         1, "token pages", "what a condense event must give back to run; 0 runs it in any case", low=0, high=1024
     )
     min_shared_tokens: int | None = option(
-        16384,
+        49152,
         "tokens",
-        "reads of a token that a decode step must save for a prefix shared by requests to be attended once for all of "
+        "reads of a token that a decode step must save for prefixes shared by requests to be attended once for all of "
         "them (GPU); null: never",
         low=1,
         high=1 << 30,

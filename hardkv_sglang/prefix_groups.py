@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+MOST_GROUPS = 64
+
 Path = Sequence[tuple[int, int]]
 """A request's nodes in the radix tree, from the root down: (node id, tokens up to the end of the node)."""
 
@@ -24,11 +26,12 @@ class PrefixGroup:
 
 
 def group_by_prefix(paths: Sequence[Path], min_saved_tokens: int) -> tuple[PrefixGroup, ...]:
-    """Disjoint groups that each save at least `min_saved_tokens` reads of a token per step.
+    """Disjoint groups that together save at least `min_saved_tokens` reads of a token per step, or none.
 
-    paths: by batch entry. One prefix per request: where prefixes nest, the one that saves most goes first.
-    Linear in the nodes of all paths, but for sorting the nodes that are worth a group.
+    paths: by batch entry. A group saves a `MOST_GROUPS`th of that at least. One prefix per request: where prefixes
+    nest, the one that saves most goes first. Linear in the nodes of all paths, but for sorting those worth a group.
     """
+    least = -(-min_saved_tokens // MOST_GROUPS)
     members: dict[int, list[int]] = {}
     ends: dict[int, int] = {}
     for entry, path in enumerate(paths):
@@ -36,15 +39,15 @@ def group_by_prefix(paths: Sequence[Path], min_saved_tokens: int) -> tuple[Prefi
             members.setdefault(node, []).append(entry)
             ends[node] = end
     worthy = [PrefixGroup(ends[node], tuple(entries)) for node, entries in members.items()]
-    worthy = [group for group in worthy if len(group.members) > 1 and group.saved_tokens >= min_saved_tokens]
+    worthy = [group for group in worthy if len(group.members) > 1 and group.saved_tokens >= least]
     chosen: list[PrefixGroup] = []
     grouped: set[int] = set()
     for group in sorted(worthy, key=lambda group: group.saved_tokens, reverse=True):
         left = PrefixGroup(group.num_tokens, tuple(entry for entry in group.members if entry not in grouped))
-        if len(left.members) > 1 and left.saved_tokens >= min_saved_tokens:
+        if len(left.members) > 1 and left.saved_tokens >= least:
             chosen.append(left)
             grouped.update(left.members)
-    return tuple(chosen)
+    return tuple(chosen) if sum(group.saved_tokens for group in chosen) >= min_saved_tokens else ()
 
 
 class PrefixGrouper:

@@ -23,7 +23,7 @@ from timing import copy_bandwidth, percentiles, replay_times
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
-from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitRule, Tuning
+from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens, Tuning
 
 SHAPES = [
     Shape("512 lists x 2048", batch=64, uniform=2048),
@@ -41,13 +41,13 @@ SHAPES = [
 class Op:
     """The op bound to one set of inputs."""
 
-    def __init__(self, inputs: Inputs, tuning: Tuning | None = None, rule: SplitRule | None = None) -> None:
-        self.inputs = inputs
+    def __init__(self, inputs: Inputs, tuning: Tuning | None = None, split: SplitTokens | None = None) -> None:
+        self.inputs, self.tuning = inputs, tuning
         layout = inputs.cfg.layout
         most = inputs.cfg.max_condensed_tokens + inputs.cfg.max_sparse_span
-        rule = rule or SplitRule.even()
+        split = split or SplitTokens.by_load()
         heads, batch = inputs.shape.num_q_heads, inputs.shape.batch
-        self.workspace = RaggedWorkspace.allocate(layout, heads, batch, most, "cuda", rule, tuning)
+        self.workspace = RaggedWorkspace.allocate(layout, heads, batch, most, "cuda", split)
         self.state = torch.randn_like(inputs.q[0]), torch.randn(inputs.q.shape[1:3], device="cuda")
 
     def plan(self) -> None:
@@ -57,7 +57,7 @@ class Op:
         x = self.inputs
         ragged_decode(
             self.workspace, x.cfg.layout, x.tables, x.req_to_token, x.k, x.v, layer, x.q[layer],
-            x.cfg.softmax_scale, self.state,
+            x.cfg.softmax_scale, self.state, self.tuning,
         )  # fmt: skip
 
     def all_layers(self) -> None:
@@ -134,13 +134,12 @@ def sweep(shape: Shape) -> list[dict[str, Any]]:
     inputs = build(shape, spare_pages=shape.batch * 8)
     results: list[dict[str, Any]] = []
     for block, warps, stages in [(32, 2, 3), (32, 2, 4), (32, 4, 3), (64, 4, 3), (64, 4, 2), (64, 2, 2)]:
-        for least in (64, 128, 256):
-            for programs in (2, 3, 4, 5, 6, 8, 12):
-                tuning = Tuning(block, warps, stages, programs)
-                op = Op(inputs, tuning, SplitRule(least, True))
+        for split in (256, 512, 1024):
+            for programs in (2, 4, 6, 20):
+                op = Op(inputs, Tuning(block, warps, stages, programs), SplitTokens(split, split, split))
                 op.check()
                 p50 = percentiles(replay_times(op.all_layers, shape.layers, repeats=15))["p50_us"]
-                results.append({"p50_us": p50, "least": least, "tuning": tuning})
+                results.append({"p50_us": p50, "split": split, "tuning": op.tuning})
     return sorted(results, key=lambda r: r["p50_us"])
 
 
@@ -155,7 +154,7 @@ def main() -> None:
         for shape in (SHAPES[i] for i in args.shapes):
             print(shape.name)
             for result in sweep(replace(shape, layers=4))[:14]:
-                print("  ", result["p50_us"], result["least"], result["tuning"], flush=True)
+                print("  ", result["p50_us"], result["split"], result["tuning"], flush=True)
         return
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")

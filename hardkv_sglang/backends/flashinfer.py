@@ -22,7 +22,7 @@ from hardkv_sglang.kernels.dense_slots import plan_dense_slots
 from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
-from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitRule, Tuning
+from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens, Tuning
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
 from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
 from hardkv_sglang.memory_pool.tables import DeviceTables
@@ -43,6 +43,7 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
     hardkv_cfg: ResolvedConfig
     hardkv_tables: DeviceTables
     hardkv_workspace: RaggedWorkspace
+    hardkv_tuning: Tuning | None  # None: by the size of the batch
     hardkv_hidden: torch.Tensor  # [B] int32 on the host, of the step about to run
     hardkv_shared: SharedPrefixWorkspace | None  # None: prefixes are attended request by request
     hardkv_dense_start: torch.Tensor  # [max_batch] int32, leading tokens that a group attends; on the device
@@ -60,9 +61,9 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
             max_batch,
             cfg.max_condensed_tokens + cfg.max_sparse_span,
             device,
-            SplitRule.fixed() if self.enable_deterministic else SplitRule.even(),
-            Tuning.many_lists() if self.enable_deterministic else None,
+            SplitTokens.fixed() if self.enable_deterministic else SplitTokens.by_load(),
         )
+        self.hardkv_tuning = Tuning.many_lists() if self.enable_deterministic else None
         self.hardkv_hidden = torch.zeros(0, dtype=torch.int32)
         self.hardkv_shared, self.hardkv_groups = None, ()
         self.hardkv_dense_start_cpu = torch.zeros(max_batch, dtype=torch.int32)
@@ -197,6 +198,7 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
             queries,
             layer.scaling,
             state,
+            self.hardkv_tuning,
         )
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
         finish_layer(tables, self.hardkv_shared, index, rows, seq_lens, queries, state)

@@ -18,7 +18,7 @@ import triton.language as tl
 from hardkv_sglang.kernels.dependent_launch import launch_options, wait_for_previous
 from hardkv_sglang.kernels.merge import EMPTY, State, merge_into, reduce_splits
 from hardkv_sglang.kernels.ragged_plan import load_item
-from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace
+from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, Tuning
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
@@ -59,7 +59,7 @@ def ragged_decode_kernel(
     o,
     lse2,
     items,
-    program_items,
+    num_items,
     partial_o,
     partial_lse2,
     arrivals,
@@ -69,7 +69,6 @@ def ragged_decode_kernel(
     scale_log2,
     i_l,
     max_items,
-    max_programs,
     num_rows,
     num_slots,
     max_pages,
@@ -96,13 +95,11 @@ def ragged_decode_kernel(
     BP: tl.constexpr = min(BN, PS)
     # [BN, D], rows of a head page lie H rows apart
     o_block = o_n[:, None] * (H * D) + o_d[None, :]
-    p_program = program_items + i_l * (max_programs + 1) + tl.program_id(0)
-    i_begin, i_end = tl.load(p_program), tl.load(p_program + 1)
     # fields are read one item ahead, which may be a stale item past the last: a valid address, never used
-    item = load_item(items, i_l * max_items + tl.minimum(i_begin, max_items - 1))
-    for i_item in range(i_begin, i_end):
+    item = load_item(items, i_l * max_items + tl.program_id(0))
+    for i_item in range(tl.program_id(0), tl.load(num_items + i_l), tl.num_programs(0)):
         i_list, row, start, end, num_condensed, first_page, first_item, num_splits = item
-        item = load_item(items, i_l * max_items + tl.minimum(i_item + 1, max_items - 1))
+        item = load_item(items, i_l * max_items + tl.minimum(i_item + tl.num_programs(0), max_items - 1))
         i_b, i_h = (i_list // H).to(tl.int64), i_list % H
         p_pages = condensed_pages + row * max_pages
         p_positions = sparse_positions + ((i_l * num_rows + row) * H + i_h) * max_span
@@ -183,6 +180,7 @@ def ragged_decode(
     q: torch.Tensor,
     scale: float,
     state: State,
+    tuning: Tuning | None = None,
 ) -> None:
     """Merge the attention of one query token per request over its condensed and sparse lists into `state`.
 
@@ -192,6 +190,7 @@ def ragged_decode(
     req_to_token: [R, T] integer slots; k_storage, v_storage: [L, S, H, D] contiguous, the whole pool; q: [B, HQ, D],
     D 64, 128 or 256, strided in B at most; state: (o [B, HQ, D], any float dtype, lse2 [B, HQ] float32) over the other
     tokens, zeros and `EMPTY_LSE2` if there are none.
+    tuning: launch parameters; by default they depend on B, so pass one for bits that do not.
     Guarantees: one launch, graph-safe, no allocation, no sync; deterministic; float32 accumulation. The
     state of a request without listed tokens is not touched.
     """
@@ -204,14 +203,15 @@ def ragged_decode(
     assert q.dtype == k_storage.dtype == v_storage.dtype, "q and the pool must have one dtype"
     assert tables.condensed_pages.is_contiguous() and tables.sparse_positions.is_contiguous(), "tables: contiguous"
     assert req_to_token.stride(1) == 1 and workspace.max_lists >= B * H, "batch exceeds the workspace"
-    tuning = workspace.tuning_for(B * H)
-    ragged_decode_kernel[(workspace.num_programs(B * H),)](
+    tuning = tuning or Tuning.default(D * q.element_size(), B * H, workspace.num_multiprocessors)
+    programs = workspace.num_multiprocessors * tuning.programs_per_multiprocessor
+    ragged_decode_kernel[(min(programs, B * H * workspace.max_splits),)](
         q,
         k_storage,
         v_storage,
         *state,
         workspace.items,
-        workspace.program_items,
+        workspace.num_items,
         workspace.partial_o,
         workspace.partial_lse2,
         workspace.arrivals,
@@ -221,7 +221,6 @@ def ragged_decode(
         scale_log2=scale * math.log2(math.e),
         i_l=layer,
         max_items=workspace.items.shape[1],
-        max_programs=workspace.program_items.shape[1] - 1,
         num_rows=tables.num_condensed.shape[1],
         num_slots=layout.num_slots,
         max_pages=tables.condensed_pages.shape[1],

@@ -33,7 +33,7 @@ class SharedTuning:
     @classmethod
     def default(cls, row_bytes: int, group_size: int) -> SharedTuning:
         """For K rows of `row_bytes` and `group_size` query heads per KV head: what fits a multiprocessor."""
-        tile_rows = max(32, triton.next_power_of_2(group_size))
+        tile_rows = max(64, triton.next_power_of_2(group_size))
         if row_bytes > 256:
             return cls(tile_rows, block_tokens=32, num_warps=4, num_stages=2, programs_per_multiprocessor=2)
         return cls(tile_rows, block_tokens=64, num_warps=4, num_stages=3, programs_per_multiprocessor=2)

@@ -79,7 +79,7 @@ def shared_prefix_kernel(
             b_slot = tl.load(p_slots + i_n + BN + o_n, mask=i_n + BN + o_n < end, other=0)
             b_top, b_total, b_acc = attend_block(b_q, b_k, b_v, m_n, b_top, b_total, b_acc, scale_log2)
         # [H, N, BM]: splits of a tile lie next to each other
-        o_part = (i_h.to(tl.int64) * max_items + i_item) * BM + o_m
+        o_part = (tl.cast(i_h, tl.int64) * max_items + i_item) * BM + o_m
         b_o = b_acc * (1.0 / b_total)[:, None]
         tl.store(partial_o + o_part[:, None] * D + o_d[None, :], b_o, mask=m_m[:, None])
         tl.store(partial_lse2 + o_part, b_top + tl.log2(b_total), mask=m_m)

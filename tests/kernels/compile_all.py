@@ -25,7 +25,7 @@ from hardkv_sglang.kernels.list_candidates import list_candidates
 from hardkv_sglang.kernels.publish import publish
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
-from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitRule
+from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
 from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
 from hardkv_sglang.memory_pool.layout import PoolLayout
@@ -72,7 +72,7 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     req_to_token = torch.zeros(5, 1024, dtype=torch.int32)
     rows, seq_lens = torch.tensor([1, 2]), torch.tensor([7, 9])
     q, lse2 = torch.zeros(2, 2 * group, head_dim, dtype=dtype), torch.zeros(2, 2 * group)
-    workspace = RaggedWorkspace.allocate(layout, 2 * group, 4, 1024, "cpu", SplitRule.even())
+    workspace = RaggedWorkspace.allocate(layout, 2 * group, 4, 1024, "cpu", SplitTokens.by_load())
     plan_ragged_decode(workspace, layout, tables, rows)
     state = (torch.zeros_like(q), lse2)
     ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, state)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from hardkv_sglang.kernels import EMPTY_LSE2, reference
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
-from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitRule, Tuning
+from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens, Tuning
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # numpy has no bfloat16 dot
@@ -25,25 +25,20 @@ def draw_lengths(L: int, R: int, H: int, sizes: list[int], seed: int) -> torch.T
     return lengths
 
 
-def workspace_for(
-    case,
-    rule: SplitRule | None = None,
-    max_batch: int = 8,
-    max_list_tokens: int = 4096,
-    tuning: Tuning | None = None,
-) -> RaggedWorkspace:
-    heads, device, rule = case.cfg.num_q_heads, case.k.device, rule or SplitRule.even()
-    return RaggedWorkspace.allocate(case.layout, heads, max_batch, max_list_tokens, device, rule, tuning)
+def workspace_for(case, max_batch: int = 8, max_list_tokens: int = 4096, split=None) -> RaggedWorkspace:
+    heads, device = case.cfg.num_q_heads, case.k.device
+    split = split or SplitTokens.fixed()
+    return RaggedWorkspace.allocate(case.layout, heads, max_batch, max_list_tokens, device, split)
 
 
-def run(case, workspace, rows, q, layer, o_dtype=None):
+def run(case, workspace, rows, q, layer, o_dtype=None, tuning=None):
     """Plan and decode into an empty state."""
     o = torch.zeros(q.shape, dtype=o_dtype or torch.float32, device=q.device)
     lse2 = torch.full(q.shape[:2], EMPTY_LSE2, device=q.device)
     args = (workspace, case.layout, case.tables)
     plan_ragged_decode(*args, rows)
     pool = (case.req_to_token, case.k, case.v)
-    ragged_decode(*args, *pool, layer, q, case.cfg.softmax_scale, (o, lse2))
+    ragged_decode(*args, *pool, layer, q, case.cfg.softmax_scale, (o, lse2), tuning)
     assert not workspace.arrivals.any()
     return o, lse2
 
@@ -67,12 +62,11 @@ SIZES = [0, 1, 31, 32, 33, 255, 256, 257, 300, 700]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", [SplitRule.even(), SplitRule.fixed()], ids=["even", "fixed"])
 @pytest.mark.parametrize(
     ("group", "heads", "head_dim", "page_size"),
     [(4, 2, 64, 32), (1, 3, 64, 16), (3, 3, 64, 64), (8, 1, 128, 32), (2, 2, 256, 32), (7, 1, 64, 32)],
 )
-def test_ragged_decode(make_case, group: int, heads: int, head_dim: int, page_size: int, rule, dtype) -> None:
+def test_ragged_decode(make_case, group: int, heads: int, head_dim: int, page_size: int, dtype) -> None:
     case = make_case(
         draw_lengths(2, 4, heads, SIZES, seed=1),
         draw_lengths(2, 4, heads, [0, 0, 1, 33, 64, 200], seed=2),
@@ -83,7 +77,7 @@ def test_ragged_decode(make_case, group: int, heads: int, head_dim: int, page_si
     )
     rows = torch.tensor([2, 0, 3, 1, 0], dtype=torch.int32, device=case.k.device)
     q = queries(case, rows)
-    assert_matches(case, rows, q, 1, *run(case, workspace_for(case, rule), rows, q, layer=1))
+    assert_matches(case, rows, q, 1, *run(case, workspace_for(case), rows, q, layer=1))
 
 
 def test_ragged_decode_merges_into_the_state(make_case) -> None:
@@ -109,46 +103,35 @@ def test_ragged_decode_merges_into_the_state(make_case) -> None:
 
 
 def test_ragged_decode_independent_of_batch(make_case) -> None:
-    """With fixed splits a row's result has the same bits alone, in a batch, and with another number of programs."""
+    """A row's result has the same bits alone, in a batch, with another program count, and in a second run."""
     tuning = Tuning(block_tokens=32, num_warps=2, num_stages=3, programs_per_multiprocessor=3)
     fewer_programs = replace(tuning, programs_per_multiprocessor=1)
     case = make_case(draw_lengths(1, 5, 2, SIZES, 5), draw_lengths(1, 5, 2, [0, 20], 6))
     rows = torch.tensor([4, 2, 3, 1], device=case.k.device)
     q = queries(case, rows)
-    workspace = workspace_for(case, SplitRule.fixed(), tuning=tuning)
-    o, lse2 = run(case, workspace, rows, q, 0)
+    workspace = workspace_for(case)
+    o, lse2 = run(case, workspace, rows, q, 0, tuning=tuning)
     for b in range(rows.numel()):
-        o_alone, lse2_alone = run(case, workspace, rows[b : b + 1], q[b : b + 1], 0)
+        o_alone, lse2_alone = run(case, workspace, rows[b : b + 1], q[b : b + 1], 0, tuning=tuning)
         assert torch.equal(o[b], o_alone[0])
         assert torch.equal(lse2[b], lse2_alone[0])
-    again = run(case, workspace_for(case, SplitRule.fixed(), tuning=fewer_programs), rows, q, 0)
+    again = run(case, workspace, rows, q, 0, tuning=fewer_programs)
     assert torch.equal(o, again[0])
     assert torch.equal(lse2, again[1])
 
 
-@pytest.mark.parametrize("programs", [1, 2, 7, 40])
-@pytest.mark.parametrize("sizes", [[0], [0, 1, 31, 32, 33], [0, 700], [1, 64, 300, 2000]], ids=str)
-def test_every_program_gets_the_same_share(make_case, sizes: list[int], programs: int) -> None:
-    """Items cover every list once, in order; programs cover the items, and none has more pages than its share."""
-    case = make_case(draw_lengths(2, 7, 2, sizes, 19), draw_lengths(2, 7, 2, [0, 5], 20))
-    rule, rows, page = SplitRule(32, True), torch.tensor([3, 0, 1, 6, 5], device=case.k.device), case.layout.page_size
-    tuning = replace(Tuning.many_lists(), programs_per_multiprocessor=programs)
-    workspace = replace(workspace_for(case, rule, tuning=tuning), num_multiprocessors=1)
-    plan_ragged_decode(workspace, case.layout, case.tables, rows)
-    for layer in range(2):
-        lens = (case.tables.num_condensed + case.tables.num_sparse)[layer, rows].flatten().tolist()
-        first = workspace.program_items[layer, : workspace.num_programs(len(lens)) + 1].tolist()
-        items = workspace.items[layer, : first[-1]].tolist()
-        assert first[0] == 0 and first == sorted(first)
-        want = [(i, token) for i, length in enumerate(lens) for token in range(length)]
-        assert [(item[0], token) for item in items for token in range(item[2], item[3])] == want
-        for i in {item[0] for item in items}:
-            own = [n for n, item in enumerate(items) if item[0] == i]
-            assert all(items[n][6:] == [own[0], len(own)] for n in own)
-        pages = [-(-(item[3] - item[2]) // page) for item in items]
-        shares = [sum(pages[a:b]) for a, b in itertools.pairwise(first)]
-        longest = max([-(-length // page) for length in lens])
-        assert max(shares) <= max(-(-sum(pages) // (len(first) - 1)), -(-longest // (workspace.max_splits - 1)), 1)
+@pytest.mark.parametrize(("tokens", "expected"), [(1000, 64), (1100, 128), (3200, 256)])
+def test_splits_grow_with_the_load(make_case, tokens: int, expected: int) -> None:
+    """Small, middle-sized and large splits by the tokens that a multiprocessor has in a layer, each correct."""
+    lists = torch.zeros(1, 3, 2, dtype=torch.int64)
+    lists[0, 1:] = length = tokens // 4
+    case = make_case(lists, torch.zeros_like(lists))
+    workspace = replace(workspace_for(case, split=SplitTokens(64, 128, 256)), num_multiprocessors=1)
+    rows = torch.tensor([1, 2], device=case.k.device)
+    q = queries(case, rows)
+    assert_matches(case, rows, q, 0, *run(case, workspace, rows, q, 0))
+    size = 64 * triton.cdiv(triton.cdiv(length, triton.cdiv(length, expected)), 64)
+    assert int(workspace.num_items[0]) == 4 * triton.cdiv(length, size)
 
 
 @pytest.mark.parametrize("max_list_tokens", [1, 300, 600])
@@ -157,10 +140,9 @@ def test_ragged_decode_list_longer_than_planned(make_case, max_list_tokens: int)
     case = make_case(draw_lengths(1, 3, 2, [700, 900], 7), draw_lengths(1, 3, 2, [0], 8))
     rows = torch.tensor([1, 2], device=case.k.device)
     q = queries(case, rows)
-    for rule in (SplitRule.even(), SplitRule.fixed()):
-        workspace = workspace_for(case, rule, max_batch=2, max_list_tokens=max_list_tokens)
-        assert_matches(case, rows, q, 0, *run(case, workspace, rows, q, 0))
-        assert int(workspace.program_items[0].max()) <= workspace.items.shape[1]
+    workspace = workspace_for(case, max_batch=2, max_list_tokens=max_list_tokens)
+    assert_matches(case, rows, q, 0, *run(case, workspace, rows, q, 0))
+    assert int(workspace.num_items[0]) <= workspace.items.shape[1]
 
 
 def test_ragged_decode_extreme_logits(make_case) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hardkv_sglang.prefix_groups import Path, PrefixGroup, PrefixGrouper, group_by_prefix
+from hardkv_sglang.prefix_groups import MOST_GROUPS, Path, PrefixGroup, PrefixGrouper, group_by_prefix
 
 SYSTEM = (1, 512)
 
@@ -17,8 +17,16 @@ def test_requests_behind_one_node_are_a_group() -> None:
 
 
 @pytest.mark.parametrize(("least", "groups"), [(1024, 1), (1025, 0)])
-def test_a_group_must_save_enough(least: int, groups: int) -> None:
+def test_groups_must_save_enough(least: int, groups: int) -> None:
     assert len(group_by_prefix([[SYSTEM], [SYSTEM], [SYSTEM]], least)) == groups
+
+
+def test_the_sum_of_all_groups_counts() -> None:
+    paths = [[(i // 2, 512)] for i in range(8)]
+    assert len(group_by_prefix(paths, 4 * 512)) == 4
+    assert group_by_prefix(paths, 4 * 512 + 1) == ()
+    # a group that saves next to nothing only costs
+    assert len(group_by_prefix([*paths, [(9, 16)], [(9, 16)]], 4 * 512)) == 4
 
 
 def test_of_nested_prefixes_the_one_that_saves_most_goes_first() -> None:
@@ -50,12 +58,14 @@ def test_groups_are_disjoint_shared_and_worth_it(paths: list[Path], least: int) 
     members = [entry for group in groups for entry in group.members]
     assert len(members) == len(set(members))
     for group in groups:
-        assert len(group.members) > 1 and group.saved_tokens >= least
+        assert len(group.members) > 1 and MOST_GROUPS * group.saved_tokens >= least
         common = set.intersection(*(set(paths[entry]) for entry in group.members))
         assert group.num_tokens in {end for _, end in common}
+    assert not groups or sum(group.saved_tokens for group in groups) >= least
     # whoever is left could not have formed a group
-    alone = [path if entry not in members else [] for entry, path in enumerate(paths)]
-    assert group_by_prefix(alone, least) == ()
+    if groups:
+        alone = [path if entry not in members else [] for entry, path in enumerate(paths)]
+        assert group_by_prefix(alone, -(-least // MOST_GROUPS)) == ()
 
 
 def test_paths_are_read_when_the_batch_changes() -> None:
