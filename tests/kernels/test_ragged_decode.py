@@ -134,6 +134,23 @@ def test_splits_grow_with_the_load(make_case, tokens: int, expected: int) -> Non
     assert int(workspace.num_items[0]) == 4 * triton.cdiv(length, size)
 
 
+@pytest.mark.parametrize("sizes", [[0], [0, 1, 31, 32, 33], [0, 700], [1, 64, 300, 2000]], ids=str)
+def test_items_cover_every_list_once(make_case, sizes: list[int]) -> None:
+    """In order, split after split, with fields that name the list's first item and their number."""
+    case = make_case(draw_lengths(2, 7, 2, sizes, 19), draw_lengths(2, 7, 2, [0, 5], 20))
+    rows = torch.tensor([3, 0, 1, 6, 5], device=case.k.device)
+    workspace = workspace_for(case)
+    plan_ragged_decode(workspace, case.layout, case.tables, rows)
+    for layer in range(2):
+        lens = (case.tables.num_condensed + case.tables.num_sparse)[layer, rows].flatten().tolist()
+        items = workspace.items[layer, : int(workspace.num_items[layer])].tolist()
+        want = [(i, token) for i, length in enumerate(lens) for token in range(length)]
+        assert [(item[0], token) for item in items for token in range(item[2], item[3])] == want
+        for i in {item[0] for item in items}:
+            own = [n for n, item in enumerate(items) if item[0] == i]
+            assert all(items[n][6:] == [own[0], len(own)] for n in own)
+
+
 @pytest.mark.parametrize("max_list_tokens", [1, 300, 600])
 def test_ragged_decode_list_longer_than_planned(make_case, max_list_tokens: int) -> None:
     """Lists past the workspace's expectation get longer splits; the work list never overflows."""
