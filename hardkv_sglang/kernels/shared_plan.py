@@ -108,7 +108,9 @@ class SharedPrefixWorkspace:
         """
         max_batch, tile_members = self.shared_len.numel(), self.tuning.tile_rows // self.group_size
         members = [entry for group in groups for entry in group.members]
-        items = cut_groups(groups, tile_members, self.num_programs // self.partial_o.shape[0])
+        # splits for one program per multiprocessor: more of them cost more to join than they gain
+        multiprocessors = self.num_programs // self.tuning.programs_per_multiprocessor
+        items = cut_groups(groups, tile_members, multiprocessors // self.partial_o.shape[0])
         assert len(items) <= self.max_items, "more work items than the workspace was allocated for"
         shared_len = [0] * max_batch
         for group in groups:
