@@ -83,6 +83,11 @@ def prefix_path(req: Any) -> list[tuple[int, int]]:
     return path
 
 
+def prefix_node(req: Any) -> int | None:
+    """Id of the deepest node on the request's path; it changes once, when its own prefill is inserted."""
+    return None if req.last_node is None else int(req.last_node.id)
+
+
 def can_share_prefixes(model_runner: Any) -> bool:
     """Whether decode may attend a prefix for several requests at once: there is a radix tree, and results may depend
     on the batch."""

@@ -101,7 +101,8 @@ class EventExecutor:
         return [self._select(op) for op in plan.selects]
 
     def _observe(self, op: ObserveOp) -> None:
-        self.memory.tables.ring_slot[op.row] = op.ring_slot
+        # `fill_`: to assign a number to one element copies it from the host, which waits for the device
+        self.memory.tables.ring_slot[op.row].fill_(op.ring_slot)
 
     def _condense(self, ops: list[CondenseOp]) -> None:
         page_size = self.memory.layout.page_size
@@ -110,7 +111,7 @@ class EventExecutor:
         move(ops, pages)
         for op in ops:
             # the freed slots may be someone else's from this step on: a stray reader must hit the padding page
-            self.memory.req_to_token[op.row, op.start : op.end] = 0
+            self.memory.req_to_token[op.row, op.start : op.end].fill_(0)
 
     def _condense_reference(self, ops: list[CondenseOp], pages: list[torch.Tensor]) -> None:
         m = self.memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,18 +51,21 @@ def group_by_prefix(paths: Sequence[Path], min_saved_tokens: int) -> tuple[Prefi
 
 
 class PrefixGrouper:
-    """Groups of the running batch, looked for again when its requests change."""
+    """Groups of the running batch, looked for again when its requests change, or their places in the radix tree."""
 
     def __init__(self, min_saved_tokens: int | None) -> None:
         """min_saved_tokens: see `group_by_prefix`; None finds no groups."""
         self.min_saved_tokens = min_saved_tokens
         self.groups: tuple[PrefixGroup, ...] = ()
-        self._batch: Sequence[Hashable] = ()
+        self._nodes: Sequence[int | None] = ()
 
-    def group(self, batch: Sequence[Hashable], find_paths: Callable[[], Sequence[Path]]) -> tuple[PrefixGroup, ...]:
-        """Groups of a batch; `batch` names its requests in order, and their rows."""
-        if self.min_saved_tokens is not None and batch != self._batch:
-            self._batch = batch
+    def group(self, nodes: Sequence[int | None], find_paths: Callable[[], Sequence[Path]]) -> tuple[PrefixGroup, ...]:
+        """Groups of a batch; nodes: the last one on each request's path, None without one.
+
+        With the overlap scheduler a request's first decode step is launched before its prefill is in the tree.
+        """
+        if self.min_saved_tokens is not None and nodes != self._nodes:
+            self._nodes = nodes
             self.groups = group_by_prefix(find_paths(), self.min_saved_tokens)
         return self.groups
 

@@ -150,9 +150,9 @@ class HardKVRuntime:
             self.backend.set_hidden_tokens(
                 torch.tensor([self._hidden_tokens(r) for r in batch.reqs], dtype=torch.int32)
             )
-            requests = [(req.rid, compat.row_of(req)) for req in batch.reqs]
+            nodes = [compat.prefix_node(req) for req in batch.reqs]
             self.backend.set_prefix_groups(
-                self.prefixes.group(requests, lambda: [compat.prefix_path(req) for req in batch.reqs])
+                self.prefixes.group(nodes, lambda: [compat.prefix_path(req) for req in batch.reqs])
             )
         return reports
 

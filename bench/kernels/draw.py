@@ -12,6 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from hardkv_sglang.config import HardKVConfig
+
 GROUPS = ("matrix products", "dense attention", "ragged_decode", "observe", "finish", "ragged_plan", "other")
 CASES = {"stock": "stock, 32 x 16.4k", "compressed": "compressed, 32 requests"}
 
@@ -35,6 +37,23 @@ def draw_kernels(path: Path, report: dict[str, Any]) -> None:
     )
     axes.set(yscale="log", ylabel="us per layer", title=f"{report['gpu']}, lists per layer, bf16, d = 128")
     axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_shared(path: Path, report: dict[str, Any]) -> None:
+    """Prefixes attended once for each group, relative to FlashInfer request by request, over what that saves."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for batch in sorted({row["batch"] for row in report["rows"]}):
+        rows = [row for row in report["rows"] if row["batch"] == batch]
+        axes.plot([row["saved_tokens"] for row in rows], [row["ratio"] for row in rows], "o", label=f"{batch} requests")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.axvline(HardKVConfig().min_shared_tokens, color="grey", linestyle="--", label="default of min_shared_tokens")
+    axes.set(
+        xscale="log", xlabel="reads of a token saved per step", ylabel="speed of attention, times FlashInfer",
+        title=f"{report['gpu']}, 8 KV heads, bf16, d = 128",
+    )  # fmt: skip
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -63,6 +82,7 @@ def draw_steps(path: Path, report: dict[str, Any]) -> None:
 def main() -> None:
     results, pictures = Path(sys.argv[1]), Path(sys.argv[2])
     draw_kernels(pictures / "kernels_h200.png", json.loads((results / "ragged_decode_h200.json").read_text()))
+    draw_shared(pictures / "shared_prefix_h200.png", json.loads((results / "shared_prefix_h200.json").read_text()))
     draw_steps(pictures / "step_h200.png", json.loads((results / "decode_speed_h200.json").read_text()))
 
 

@@ -30,7 +30,9 @@ PACKAGES = ("sglang", "torch", "triton", "flashinfer-python", "hardkv-sglang")
 NAMES = ("stock", "no events", "compressed")
 
 DENSE_CASES = [(64, 1024, 200), (32, 16384, 120)]  # requests, prompt tokens, generated tokens
-TRACED_STEPS = 120
+DENSE_TRACED_STEPS = 60
+COMPRESSED_TRACED_STEPS = 520
+"""A whole interval of the default options: requests that started together have all of their events within it."""
 LOG_LINE = re.compile(r"Decode batch, #running-req: (\d+), #token: (\d+).*?gen throughput \(token/s\): ([\d.]+)")
 FLAGS: dict[str, Any] = {
     "load-format": "dummy",
@@ -69,10 +71,11 @@ def generate(server: ServerProcess, prompts: list[list[int]], num_tokens: int) -
 
 
 def generate_traced(
-    server: ServerProcess, prompts: list[list[int]], num_tokens: int, folder: Path
+    server: ServerProcess, prompts: list[list[int]], num_tokens: int, traced_steps: int, folder: Path
 ) -> tuple[list[tuple[int, float]], StepTrace]:
     """`generate`, with a trace of steps behind those whose log lines are returned."""
-    before, traced_tokens = len(server.log_text()), num_tokens + 4 * TRACED_STEPS
+    # the profiler starts some steps after it is asked to
+    before, traced_tokens = len(server.log_text()), num_tokens + traced_steps + 240
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(generate, server, prompts, traced_tokens)
         while (len(full_lines(server, before, len(prompts))) + 1) * FLAGS["decode-log-interval"] < num_tokens:
@@ -80,7 +83,7 @@ def generate_traced(
                 raise RuntimeError(f"the requests ended without {num_tokens} steps of all of them: {future.result()}")
             time.sleep(0.05)
         lines = full_lines(server, before, len(prompts))[1:]
-        trace = profile_steps(server, TRACED_STEPS, folder)
+        trace = profile_steps(server, traced_steps, folder)
         future.result()
     return lines, trace
 
@@ -90,7 +93,7 @@ def measure_dense(server: ServerProcess, cases: list[tuple[int, int, int]], fold
     results = {}
     for batch, prompt_len, num_tokens in cases:
         prompts = [prompt(prompt_len, 1000 * batch + i) for i in range(batch)]
-        lines, trace = generate_traced(server, prompts, num_tokens, folder)
+        lines, trace = generate_traced(server, prompts, num_tokens, DENSE_TRACED_STEPS, folder)
         speed = statistics.median(rate for _, rate in lines)
         results[f"{batch}x{prompt_len}"] = {"tokens_per_second": speed, "trace": trace.per_step()}
         server.flush_cache()
@@ -99,7 +102,8 @@ def measure_dense(server: ServerProcess, cases: list[tuple[int, int, int]], fold
 
 def measure_compressed(server: ServerProcess, batch: int, num_tokens: int, folder: Path) -> dict[str, Any]:
     """Requests from 512 tokens to `num_tokens` more; speed over the last eighth."""
-    lines, trace = generate_traced(server, [prompt(512, i) for i in range(batch)], num_tokens, folder)
+    prompts = [prompt(512, i) for i in range(batch)]
+    lines, trace = generate_traced(server, prompts, num_tokens, COMPRESSED_TRACED_STEPS, folder)
     tail = lines[-len(lines) // 8 :]
     state = server.server_info()["internal_states"][0]["hardkv"]
     return {

@@ -59,12 +59,13 @@ class DeviceTables:
         )
 
     def reset(self, rows: torch.Tensor) -> None:
-        """Make `rows` ([N] int64) uncompressed again, in place."""
-        self.prefix_end[rows] = 0
-        self.recent_start[rows] = 0
-        self.num_condensed[:, rows] = 0
-        self.num_sparse[:, rows] = 0
-        self.ring_slot[rows] = -1
+        """Make `rows` ([N] int64) uncompressed again, in place; no sync."""
+        # `index_fill_`: to assign a number by index copies it from the host, which waits for the device
+        self.prefix_end.index_fill_(0, rows, 0)
+        self.recent_start.index_fill_(0, rows, 0)
+        self.num_condensed.index_fill_(1, rows, 0)
+        self.num_sparse.index_fill_(1, rows, 0)
+        self.ring_slot.index_fill_(0, rows, -1)
 
     @property
     def num_bytes(self) -> int:

@@ -28,6 +28,7 @@ from e2e.compressed import (
 from hardkv_sglang.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
+SAMPLING = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
 
 
 def test_shared_system_prompt_hits_the_cache(server_for: ServerFor) -> None:
@@ -82,19 +83,20 @@ def test_chunked_prefill(server_for: ServerFor) -> None:
 def test_a_prefix_of_several_running_requests_is_read_once(server_for: ServerFor) -> None:
     # on a GPU, that is; without one the same groups are found, and attended request by request
     server = server_for(compressed({**SHORT_INTERVALS, "min_shared_tokens": 2 * 96}), STRICT)
-    system, num_tokens = prompt_ids(100, seed=48), 200
+    system = prompt_ids(100, seed=48)
     prompts = [system + prompt_ids(10 + i, seed=49 + i) for i in range(3)]
-    decode(server, system, 1)
-    with ThreadPoolExecutor(3) as executor:
-        futures = [executor.submit(decode, server, prompt, num_tokens) for prompt in prompts]
+    server.flush_cache()
+    with ThreadPoolExecutor(1) as executor:
+        # prefilled together, so that the first decode step is launched before the tree has the prompt
+        future = executor.submit(server.generate, input_ids=prompts, sampling_params=SAMPLING, return_logprob=True)
         seen = []
-        while not all(future.done() for future in futures):
+        while not future.done():
             seen.append(hardkv_state(server)["shared_prefixes"])
             time.sleep(0.05)
     assert [{"tokens": 96, "requests": 3}] in seen
-    for prompt, future in zip(prompts, futures, strict=True):
+    for prompt, reply in zip(prompts, future.result(), strict=True):
         # dense until the first event
-        reply, exact = future.result(), PAGE + 1
+        exact = PAGE + 1
         ids = prompt + reply["output_ids"][:exact]
         reference = prefill_logprobs(server_for(STOCK, STRICT), ids, len(prompt))
         assert output_logprobs(reply)[:exact] == pytest.approx(reference, abs=LOGPROB_TOLERANCE)

@@ -13,10 +13,10 @@ from e2e.compressed import STOCK, compressed, decode, hardkv_state, prompt_ids
 from bench.serving.step_trace import StepTrace, profile_steps
 from hardkv_sglang.server_process import ServerProcess as Server
 
-STEPS, REQUESTS = 20, 4
-# with these options queries are recorded from position 320 on, and the first event comes at 576
+STEPS, REQUESTS = 80, 4
+# with these options queries are recorded from position 320 on, which the trace covers, and the first event comes at 576
 OPTIONS = {"recent_tokens": 256, "query_window": 256, "select_interval": 256, "condense_interval": 256}
-PROMPT, TOKENS, LINES_BEFORE = 40, 500, 8  # a log line every 40 steps
+PROMPT, TOKENS, LINES_BEFORE = 40, 500, 5  # a log line every 40 steps
 
 
 def trace_decode(server: Server, folder: Path) -> StepTrace:

@@ -68,7 +68,7 @@ def test_groups_are_disjoint_shared_and_worth_it(paths: list[Path], least: int) 
         assert group_by_prefix(alone, -(-least // MOST_GROUPS)) == ()
 
 
-def test_paths_are_read_when_the_batch_changes() -> None:
+def test_paths_are_read_when_a_node_changes() -> None:
     reads = []
 
     def find() -> list[Path]:
@@ -76,8 +76,9 @@ def test_paths_are_read_when_the_batch_changes() -> None:
         return [[SYSTEM], [SYSTEM]]
 
     grouper = PrefixGrouper(100)
-    for batch in (["a", "b"], ["a", "b"], ["a", "c"], ["c", "a"]):
-        assert grouper.group(batch, find) == (PrefixGroup(512, (0, 1)),)
+    # the last one is the same request, once its prefill has been inserted
+    for nodes in ([1, 2], [1, 2], [1, None], [1, 3]):
+        assert grouper.group(nodes, find) == (PrefixGroup(512, (0, 1)),)
     assert len(reads) == 3
     assert grouper.describe() == [{"tokens": 512, "requests": 2}]
-    assert PrefixGrouper(None).group(["a", "b"], find) == ()
+    assert PrefixGrouper(None).group([1, 2], find) == ()
