@@ -8,7 +8,7 @@ from typing import Any
 
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.priors import Priors
-from hardkv_sglang.refusals import refused_server_flags
+from hardkv_sglang.refusals.server_flags import refused_server_flags
 
 MODES = ("none", "hardkv")
 ATTRIBUTE = "_hardkv"  # an underscore attribute of ServerArgs survives pickling and its read-only guard

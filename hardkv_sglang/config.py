@@ -1,15 +1,12 @@
-"""What a user may set (`HardKVConfig`), and what it becomes with model and pool known (`ResolvedConfig`)."""
+"""What a user may set; `resolved_config.py` has what it becomes with model and pool known."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from math import ceil
 from pathlib import Path
 from typing import Any
-
-from hardkv_sglang.memory_pool.layout import PoolLayout
 
 SUPPORTED_PAGE_SIZES = (16, 32, 64)
 
@@ -220,64 +217,6 @@ def _check_option(f: Field[Any], value: Any) -> None:
         raise ValueError(f"{f.name}={value!r} must be a {kind} in {describe_range(f)} ({meta['unit']})")
     if not meta["low"] <= value <= meta["high"]:
         raise ValueError(f"{f.name}={value!r} is out of range: {describe_range(f)} ({meta['unit']})")
-
-
-@dataclass(frozen=True)
-class ResolvedConfig:
-    """`HardKVConfig` with the shapes of one rank's model and pool; every table size derives from it."""
-
-    options: HardKVConfig
-    layout: PoolLayout
-    num_q_heads: int
-    softmax_scale: float
-    num_rows: int  # rows of req_to_token; row 0 pads CUDA-graph batches and stays empty
-    max_context_len: int  # tokens
-    min_shared_tokens: int | None = None  # the option, where this server can share prefixes at all; None: never
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per KV head."""
-        return self.num_q_heads // self.layout.num_kv_heads
-
-    @property
-    def num_ring_slots(self) -> int:
-        """Requests whose queries can be recorded at a time.
-
-        A request needs a slot for `query_window` of every `select_interval` tokens; half as many again let requests
-        that started together wait for one another.
-        """
-        share = self.options.query_window / self.options.select_interval
-        return min(self.num_rows - 1, ceil(1.5 * share * (self.num_rows - 1)) + 8)
-
-    @property
-    def max_sparse_span(self) -> int:
-        """Most positions between the condensed end and the recent window, a multiple of the page size."""
-        span = self.options.condense_interval + 2 * self.options.select_interval
-        return self.layout.page_ceil(span)
-
-    @property
-    def min_kept_tokens(self) -> int:
-        """Tokens that every list keeps, if it has them, however little attention they get."""
-        options, everything = self.options, self.layout.page_ceil(self.max_context_len)
-        if options.policy == "streaming":
-            return options.sink_tokens
-        if options.policy != "hardkv" or options.budget == "uniform":
-            return options.uniform_tokens
-        if options.top_p < 1:
-            return options.min_tokens
-        return everything if options.max_tokens is None else options.max_tokens
-
-    @property
-    def max_condensed_tokens(self) -> int:
-        """Most condensed tokens of one (layer, KV head) list."""
-        context = self.layout.page_ceil(self.max_context_len)
-        cap = self.options.max_tokens
-        return context if cap is None else min(context, self.layout.page_ceil(cap))
-
-    @property
-    def max_condensed_pages(self) -> int:
-        """Most token pages that one request owns for condensed KV."""
-        return self.max_condensed_tokens // self.layout.page_size
 
 
 def options_table() -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hardkv_sglang.config import ResolvedConfig
+from hardkv_sglang.resolved_config import ResolvedConfig
 
 FORECAST_POINTS = 256  # steps ahead at which usage is forecast, evenly spread up to the last expected token
 EVENTS_PER_CYCLE = 2  # a select event and a condense event

@@ -16,7 +16,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from hardkv_sglang import compat
 from hardkv_sglang.overrides import override_error
-from hardkv_sglang.refusals import refused_model
+from hardkv_sglang.refusals.models import refused_model
 from hardkv_sglang.runtime import HardKVRuntime
 
 SOURCE = HookSource("hardkv", "hardkv-sglang")

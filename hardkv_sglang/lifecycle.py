@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.expectation import KeptShare
 from hardkv_sglang.request_state import RequestState, View
+from hardkv_sglang.resolved_config import ResolvedConfig
 from hardkv_sglang.schedule import COUNT_DELAY, EventSchedule
 from hardkv_sglang.step_plan import NO_EARLY_EVENTS, CondenseOp, EarlyEvents, ObserveOp, SelectOp, StepPlan
 

@@ -12,7 +12,7 @@ from hardkv_sglang import compat
 from hardkv_sglang.admission import Admission
 from hardkv_sglang.audit import Audit
 from hardkv_sglang.backends import TieredBackend, install_backend
-from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.events import EventExecutor, SelectReport, SettledCounts
 from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.integrity import IntegrityError
@@ -24,6 +24,7 @@ from hardkv_sglang.prefix_groups import PrefixGrouper
 from hardkv_sglang.priors import check_options, load_priors
 from hardkv_sglang.relief import PressureRelief
 from hardkv_sglang.request_state import RequestState
+from hardkv_sglang.resolved_config import ResolvedConfig
 from hardkv_sglang.statistics import RequestReport, Statistics
 from hardkv_sglang.step_plan import StepPlan
 

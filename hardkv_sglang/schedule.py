@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import ceil
 
-from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.request_state import RequestState, View
+from hardkv_sglang.resolved_config import ResolvedConfig
 
 COUNT_DELAY = 2  # steps until a select event's counts are on the host, with or without the overlap scheduler
 

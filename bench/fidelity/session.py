@@ -14,7 +14,7 @@ import torch
 from bench.fidelity.attention import DenseCache, block_attention
 from bench.fidelity.model import BlockModel, ModelShape
 from bench.fidelity.pool import ROW, PagePool
-from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.events import EventExecutor, SettledCounts
 from hardkv_sglang.kernels.reference import State, dense_slots, ragged_rows
 from hardkv_sglang.lifecycle import LifecyclePlanner
@@ -22,6 +22,7 @@ from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.request_state import RequestState
+from hardkv_sglang.resolved_config import ResolvedConfig
 from hardkv_sglang.step_plan import StepPlan
 
 PAGE_SIZE = 32

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import write_report
 from timing import copy_bandwidth, percentiles, replay_times
 
-from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
@@ -30,6 +30,7 @@ from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.prefix_groups import PrefixGroup
+from hardkv_sglang.resolved_config import ResolvedConfig
 
 L, HQ, H, D, PAGE = 8, 32, 8, 128, 32
 SCALE = D**-0.5

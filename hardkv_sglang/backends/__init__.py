@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.prefix_groups import PrefixGroup
+from hardkv_sglang.resolved_config import ResolvedConfig
 
 
 class TieredBackend(Protocol):

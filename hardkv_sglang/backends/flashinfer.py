@@ -17,7 +17,6 @@ from flashinfer.decode import fast_decode_plan
 from sglang.srt.layers.attention.flashinfer_backend import DecodeMetadata, FlashInferAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.kernels.dense_slots import plan_dense_slots
 from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
@@ -27,6 +26,7 @@ from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTunin
 from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.prefix_groups import PrefixGroup
+from hardkv_sglang.resolved_config import ResolvedConfig
 
 
 @dataclass(frozen=True)

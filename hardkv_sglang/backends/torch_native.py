@@ -10,11 +10,11 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from hardkv_sglang.config import ResolvedConfig
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.cpu_attend import LayerRows, add_dense, attend, find_lists, no_lists
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.prefix_groups import PrefixGroup
+from hardkv_sglang.resolved_config import ResolvedConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from hardkv_sglang.config import ResolvedConfig
+from hardkv_sglang.resolved_config import ResolvedConfig
 
 
 @dataclass(frozen=True)

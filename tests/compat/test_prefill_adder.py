@@ -26,7 +26,8 @@ from sglang.srt.runtime_context import publish
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from hardkv_sglang.admission import Admission
-from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.resolved_config import ResolvedConfig
 from hardkv_sglang.hooks import around_add_one_req
 from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout

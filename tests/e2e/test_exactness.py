@@ -16,6 +16,7 @@ from e2e.compressed import (
     compressed,
     decode,
     fresh_rid,
+    hardkv_state,
     output_logprobs,
     page_ceil,
     prefill_logprobs,
@@ -78,3 +79,17 @@ def test_overlap_on_and_off_agree(server_for: ServerFor) -> None:
     assert output_logprobs(first) == output_logprobs(second)
     assert report_of(overlapped, rid) == report_of(normal, rid)
     assert report_of(normal, rid)["condense_events"] >= 2
+
+
+@pytest.mark.gpu
+def test_deterministic_runs_have_the_same_bits(server_for: ServerFor) -> None:
+    server = server_for(compressed(SHORT_INTERVALS, **{"enable-deterministic-inference": True}), STRICT)
+    prompts = [prompt_ids(40 + i, seed=6 + i) for i in range(2)]
+    sampling = {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
+    runs = []
+    for _ in range(2):
+        server.flush_cache()
+        replies = server.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True)
+        runs.append([output_logprobs(reply) for reply in replies])
+    assert runs[0] == runs[1]
+    assert hardkv_state(server)["condense_events"] >= 4

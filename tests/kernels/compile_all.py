@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.kernels.bound import bound_counts
 from hardkv_sglang.kernels.condense import condense
 from hardkv_sglang.kernels.dense_slots import plan_dense_slots
@@ -31,6 +31,7 @@ from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
+from hardkv_sglang.resolved_config import ResolvedConfig
 from hardkv_sglang.step_plan import SelectOp
 
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 from unit.page_pool import PAGE, PagePool
 
 from hardkv_sglang.admission import Admission
-from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.relief import PressureRelief
 from hardkv_sglang.request_state import RequestState, View
+from hardkv_sglang.resolved_config import ResolvedConfig
 from hardkv_sglang.statistics import Statistics
 from hardkv_sglang.step_plan import SelectOp
 

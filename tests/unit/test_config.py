@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from hardkv_sglang import arguments
-from hardkv_sglang.config import HardKVConfig, ResolvedConfig, options_table
+from hardkv_sglang.config import HardKVConfig, options_table
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.resolved_config import ResolvedConfig
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.events import EventExecutor, SettledCounts
 from hardkv_sglang.kernels import bound, publish, reference, reference_publish
 from hardkv_sglang.kernels.list_candidates import list_candidates
@@ -23,6 +24,7 @@ from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.policies import make_policy
 from hardkv_sglang.request_state import RequestState
+from hardkv_sglang.resolved_config import ResolvedConfig
 from hardkv_sglang.scoring import PooledScorer, TorchScorer
 from hardkv_sglang.selection import Scored, bound_counts
 from hardkv_sglang.step_plan import SelectOp
@@ -39,6 +41,19 @@ def everything_on_the_device() -> Iterator[None]:
     torch.set_default_device(DEVICE)
     yield
     torch.set_default_device("cpu")
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """With a GPU, an operation in the block that waits for the device fails."""
+    if DEVICE == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @dataclass
@@ -92,7 +107,9 @@ class Simulation:
         self.attended[position] = True
 
     def prefill(self, prompt_len: int) -> RequestState:
-        self.executor.reset(torch.tensor([ROW]))
+        rows = torch.tensor([ROW])
+        with nothing_waits():
+            self.executor.reset(rows)
         for position in range(prompt_len):
             self.write_token(position)
         return self.planner.admit(ROW, prompt_len, prompt_len // PAGE * PAGE, prompt_len)
@@ -100,7 +117,8 @@ class Simulation:
     def step(self, state: RequestState, seq_len: int) -> None:
         """Plan, run events, decode one token in every layer, settle."""
         plan = self.planner.plan([(state, seq_len)], self)
-        reports = self.executor.run(plan)
+        with nothing_waits():
+            reports = self.executor.run(plan)
         self.condenses += len(plan.condenses)
         for op in plan.selects:
             self.after_select(op)

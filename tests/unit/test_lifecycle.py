@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.page_pool import PAGE, PagePool
 
-from hardkv_sglang.config import HardKVConfig, ResolvedConfig
+from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.request_state import RequestState
+from hardkv_sglang.resolved_config import ResolvedConfig
 from hardkv_sglang.schedule import COUNT_DELAY
 from hardkv_sglang.step_plan import EarlyEvents, ObserveOp
 

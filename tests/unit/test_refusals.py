@@ -18,7 +18,8 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.server_args import ServerArgs
 from torch import nn
 
-from hardkv_sglang.refusals import MODEL_REFUSALS, SERVER_REFUSALS, refused_model, refused_server_flags
+from hardkv_sglang.refusals.models import MODEL_REFUSALS, refused_model
+from hardkv_sglang.refusals.server_flags import SERVER_REFUSALS, refused_server_flags
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
