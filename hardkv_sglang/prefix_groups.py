@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_GROUPS = 64
+"""What saves less than its share among so many costs more than it saves."""
 
 Path = Sequence[tuple[int, int]]
 """A request's nodes in the radix tree, from the root down: (node id, tokens up to the end of the node)."""

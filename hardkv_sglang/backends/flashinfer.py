@@ -48,7 +48,7 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
     hardkv_shared: SharedPrefixWorkspace | None  # None: prefixes are attended request by request
     hardkv_dense_start: torch.Tensor  # [max_batch] int32, leading tokens that a group attends; on the device
     hardkv_groups: Sequence[PrefixGroup]  # planned in `hardkv_shared`
-    hardkv_dense_start_cpu: torch.Tensor
+    hardkv_dense_start_cpu: torch.Tensor  # the same on the host
 
     def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
         """Allocate the split-KV workspace; see `backends.TieredBackend`."""
