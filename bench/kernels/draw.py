@@ -14,7 +14,11 @@ from matplotlib.figure import Figure
 
 from hardkv_sglang.config import HardKVConfig
 
-GROUPS = ("matrix products", "dense attention", "ragged_decode", "observe", "finish", "ragged_plan", "other")
+# "observe" is the name in traces from before it became part of "finish"
+GROUPS = (
+    "matrix products", "dense attention", "ragged_decode", "shared_prefix", "observe", "finish", "ragged_plan",
+    "events", "other",
+)  # fmt: skip
 CASES = {"stock": "stock, 32 x 16.4k", "compressed": "compressed, 32 requests"}
 
 

@@ -11,31 +11,9 @@ import triton
 import triton.language as tl
 
 from hardkv_sglang.kernels.dependent_launch import launch_options, wait_for_previous
-from hardkv_sglang.kernels.merge import EMPTY, State
+from hardkv_sglang.kernels.merge import State, merge_into, reduce_splits
 from hardkv_sglang.kernels.shared_plan import ENTRY_FIELDS, SharedPrefixWorkspace
 from hardkv_sglang.memory_pool.tables import DeviceTables
-
-
-@triton.jit
-def join_partials(
-    b_o, b_lse2, partial_o, partial_lse2, o_part, m_h, stride, num_splits, D: tl.constexpr, UNROLL: tl.constexpr
-):
-    """Merge `num_splits` states, in order, into `[BH, D]`, `[BH]`; they lie `stride` rows apart from `o_part` on."""
-    b_top, b_total, b_acc = b_lse2, tl.where(b_lse2 > EMPTY, 1.0, 0.0), b_o
-    for i_s in range(0, num_splits, UNROLL):
-        # unrolled, so that all loads are in flight before the first is needed
-        for i_u in tl.static_range(UNROLL):
-            m_part = m_h & (i_s + i_u < num_splits)
-            o_row = o_part + (i_s + i_u) * stride
-            b_lse2_part = tl.load(partial_lse2 + o_row, mask=m_part, other=EMPTY)
-            p_o = partial_o + o_row[:, None] * D + tl.arange(0, D)[None, :]
-            b_o_part = tl.load(p_o, mask=m_part[:, None], other=0.0)
-            b_new = tl.maximum(b_top, b_lse2_part)
-            b_old, b_w = tl.exp2(b_top - b_new), tl.where(m_part, tl.exp2(b_lse2_part - b_new), 0.0)
-            b_total = b_total * b_old + b_w
-            b_acc = b_acc * b_old[:, None] + b_o_part * b_w[:, None]
-            b_top = b_new
-    return b_acc * (1.0 / b_total)[:, None], b_top + tl.log2(b_total)
 
 
 @triton.jit(do_not_specialize=["i_l"])
@@ -81,15 +59,9 @@ def finish_kernel(
             first_item, first_row = tl.load(p_entry), tl.load(p_entry + 2)
             # splits of one KV head lie BM rows apart
             o_part = ((o_h // G).to(tl.int64) * max_items + first_item) * BM + first_row + o_h % G
-            p_o = o + (i_b * HQ + o_h)[:, None] * D + o_d[None, :]
-            p_lse2 = lse2 + i_b * HQ + o_h
-            b_o = tl.load(p_o, mask=m_h[:, None], other=0.0).to(tl.float32)
-            b_lse2 = tl.load(p_lse2, mask=m_h, other=EMPTY)
-            b_o, b_lse2 = join_partials(b_o, b_lse2, partial_o, partial_lse2, o_part, m_h, BM, num_splits, D, 4)
-            # no thread may write before all have read
-            tl.debug_barrier()
-            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_h[:, None])
-            tl.store(p_lse2, b_lse2, mask=m_h)
+            b_o, b_lse2 = reduce_splits(partial_o, partial_lse2, o_part, m_h, BM, num_splits, D, BH, 4)
+            merge_into(b_o, b_lse2, i_b * HQ + o_h, m_h, o, lse2, D)
+            # the ring gets the merged LSE, which another thread may have written
             tl.debug_barrier()
     if i_slot >= 0:
         position = tl.load(seq_lens + i_b).to(tl.int64) - 1

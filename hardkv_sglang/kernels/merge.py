@@ -31,27 +31,30 @@ def merge_pair(b_o, b_lse2, b_o_other, b_lse2_other):
 def reduce_splits(
     partial_o,
     partial_lse2,
-    i_first,
+    o_first,
+    m_row,
+    stride,
     num_splits,
-    G: tl.constexpr,
     D: tl.constexpr,
-    BG: tl.constexpr,
+    BN: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Merge the partial states of one list, in order; returns `[BG, D]` and `[BG]` in float32."""
-    o_g = tl.arange(0, BG)
-    o_gd = o_g[:, None] * D + tl.arange(0, D)[None, :]
-    b_top = tl.full([BG], EMPTY, tl.float32)
-    b_total = tl.zeros([BG], tl.float32)
-    b_acc = tl.zeros([BG, D], tl.float32)
+    """Merge partial states, in order: rows `o_first` ([BN] int64) of the first split, `stride` rows on for the next.
+
+    Returns `[BN, D]` and `[BN]` in float32.
+    """
+    b_top = tl.full([BN], EMPTY, tl.float32)
+    b_total = tl.zeros([BN], tl.float32)
+    b_acc = tl.zeros([BN, D], tl.float32)
     for i_s in range(0, num_splits, UNROLL):
         # unrolled, so that all loads are in flight before the first is needed
         for i_u in tl.static_range(UNROLL):
-            m_g = (o_g < G) & (i_s + i_u < num_splits)
-            o_part = (i_first + i_s + i_u).to(tl.int64) * G
+            m_part = m_row & (i_s + i_u < num_splits)
+            o_part = o_first + (i_s + i_u) * stride
+            o_od = o_part[:, None] * D + tl.arange(0, D)[None, :]
             # other multiprocessors wrote these: read around the L1 cache
-            b_lse2 = tl.load(partial_lse2 + o_part + o_g, mask=m_g, other=EMPTY, cache_modifier=".cg")
-            b_o = tl.load(partial_o + o_part * D + o_gd, mask=m_g[:, None], other=0.0, cache_modifier=".cg")
+            b_lse2 = tl.load(partial_lse2 + o_part, mask=m_part, other=EMPTY, cache_modifier=".cg")
+            b_o = tl.load(partial_o + o_od, mask=m_part[:, None], other=0.0, cache_modifier=".cg")
             b_new = tl.maximum(b_top, b_lse2)
             b_old, b_w = tl.exp2(b_top - b_new), tl.exp2(b_lse2 - b_new)
             b_total = b_total * b_old + b_w

@@ -164,9 +164,11 @@ def ragged_decode_kernel(
             if arrived == num_splits - 1:
                 tl.atomic_xchg(arrivals + i_list, 0, sem="acquire")
                 tl.debug_barrier()
-                b_o_list, b_lse2_list = reduce_splits(partial_o, partial_lse2, first_item, num_splits, G, D, BG, 8)
                 o_g = tl.arange(0, BG)
-                merge_into(b_o_list, b_lse2_list, o_hq + o_g, o_g < G, o, lse2, D)
+                m_g = o_g < G
+                o_first = first_item.to(tl.int64) * G + o_g
+                b_o_list, b_lse2_list = reduce_splits(partial_o, partial_lse2, o_first, m_g, G, num_splits, D, BG, 8)
+                merge_into(b_o_list, b_lse2_list, o_hq + o_g, m_g, o, lse2, D)
 
 
 def ragged_decode(

@@ -52,7 +52,7 @@ class SharedPrefixWorkspace:
     partial_o: torch.Tensor  # [H, N, tile_rows, D] float32
     partial_lse2: torch.Tensor  # [H, N, tile_rows] float32
     group_size: int  # query heads per KV head
-    num_programs: int
+    num_multiprocessors: int
     tuning: SharedTuning
 
     @classmethod
@@ -69,10 +69,9 @@ class SharedPrefixWorkspace:
         assert tuning.tile_rows >= G, "a tile must hold the query heads of a request"
         on_gpu = torch.device(device).type == "cuda"
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
-        programs = multiprocessors * tuning.programs_per_multiprocessor
         # a group has two members at least, which small tiles may separate
         max_tiles = max(1, max_batch // 2) if tuning.tile_rows // G > 2 else max_batch
-        max_items = max_tiles + triton.cdiv(programs, H)
+        max_items = max_tiles + triton.cdiv(multiprocessors, H)
         sizes = (1, max_batch, max_batch, max_batch * ENTRY_FIELDS, max_items * ITEM_FIELDS)
         table = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         num_items, shared_len, members, entries, items = table.split(sizes)
@@ -86,7 +85,7 @@ class SharedPrefixWorkspace:
             partial_o=torch.zeros(H, max_items, tuning.tile_rows, D, dtype=torch.float32, device=device),
             partial_lse2=torch.zeros(H, max_items, tuning.tile_rows, dtype=torch.float32, device=device),
             group_size=G,
-            num_programs=programs,
+            num_multiprocessors=multiprocessors,
             tuning=tuning,
         )
 
@@ -109,8 +108,7 @@ class SharedPrefixWorkspace:
         max_batch, tile_members = self.shared_len.numel(), self.tuning.tile_rows // self.group_size
         members = [entry for group in groups for entry in group.members]
         # splits for one program per multiprocessor: more of them cost more to join than they gain
-        multiprocessors = self.num_programs // self.tuning.programs_per_multiprocessor
-        items = cut_groups(groups, tile_members, multiprocessors // self.partial_o.shape[0])
+        items = cut_groups(groups, tile_members, self.num_multiprocessors // self.partial_o.shape[0])
         assert len(items) <= self.max_items, "more work items than the workspace was allocated for"
         shared_len = [0] * max_batch
         for group in groups:

@@ -111,7 +111,7 @@ def shared_prefix_decode(
     assert k_storage.is_contiguous() and v_storage.is_contiguous(), "the pool must be contiguous"
     assert req_to_token.stride(1) == 1, "rows of req_to_token must be contiguous"
     assert workspace.group_size == HQ // H, "the workspace is for other heads"
-    shared_prefix_kernel[(workspace.num_programs,)](
+    shared_prefix_kernel[(workspace.num_multiprocessors * tuning.programs_per_multiprocessor,)](
         q,
         k_storage,
         v_storage,

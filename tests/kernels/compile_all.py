@@ -16,18 +16,17 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.kernels import finish, ragged_decode, shared_prefix
 from hardkv_sglang.kernels.bound import bound_counts
 from hardkv_sglang.kernels.condense import condense
 from hardkv_sglang.kernels.dense_slots import plan_dense_slots
-from hardkv_sglang.kernels.finish import finish_layer
+from hardkv_sglang.kernels.dependent_launch import FIRST_CAPABILITY
 from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
 from hardkv_sglang.kernels.list_candidates import list_candidates
 from hardkv_sglang.kernels.publish import publish
-from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
-from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
@@ -76,11 +75,11 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     workspace = RaggedWorkspace.allocate(layout, 2 * group, 4, 1024, "cpu", SplitTokens.by_load())
     plan_ragged_decode(workspace, layout, tables, rows)
     state = (torch.zeros_like(q), lse2)
-    ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, state)
+    ragged_decode.ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, state)
     shared = SharedPrefixWorkspace.allocate(layout, 2 * group, 4, "cpu", SharedTuning.default(2 * head_dim, group))
-    shared_prefix_decode(shared, layout, rows, req_to_token, k, v, 1, q, 0.1)
+    shared_prefix.shared_prefix_decode(shared, layout, rows, req_to_token, k, v, 1, q, 0.1)
     for workspace_or_none in (shared, None):
-        finish_layer(tables, workspace_or_none, 1, rows, seq_lens, q, state)
+        finish.finish_layer(tables, workspace_or_none, 1, rows, seq_lens, q, state)
     condense(k, v, layout, tables, req_to_token, rows, torch.zeros(2, 3, dtype=torch.int64))
     rows_of = torch.zeros(4, 100, dtype=torch.int64)
     lists = PooledLists(
@@ -108,6 +107,10 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
 def main() -> None:
     """Print what was compiled."""
     compiler = Compiler(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
+    if compiler.target.arch >= 10 * FIRST_CAPABILITY:
+        # there is no device to ask, so that wrappers would launch as on an older one
+        for module in (finish, ragged_decode, shared_prefix):
+            module.launch_options = lambda device: {"PDL": True, "launch_pdl": True}
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
     for head_dim, group, dtype in ((128, 4, torch.bfloat16), (64, 3, torch.float16)):
         call_every_wrapper(head_dim, group, dtype)
