@@ -147,6 +147,7 @@ class HardKVRuntime:
             self.backend.forget_lists(plan.rows)
         if batch.forward_mode.is_extend():
             self.executor.reset(batch.req_pool_indices)
+            self.backend.forget_lists(compat.row_of(req) for req in batch.reqs)
         else:
             self.backend.set_hidden_tokens(
                 torch.tensor([self._hidden_tokens(r) for r in batch.reqs], dtype=torch.int32)

@@ -33,7 +33,7 @@ class TieredBackend(Protocol):
         """Requests of the next decode step whose shared prefix is attended once."""
 
     def forget_lists(self, rows: Iterable[int]) -> None:
-        """Events rewrote the lists of these request rows."""
+        """Events rewrote the lists of these request rows, or the rows have new requests."""
 
 
 def install_backend(model_runner: Any, cfg: ResolvedConfig, tables: DeviceTables) -> TieredBackend:

@@ -10,8 +10,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from hardkv_sglang.kernels import reference
-from hardkv_sglang.kernels.cpu_attend import LayerRows, add_dense, attend, find_lists, no_lists
+from hardkv_sglang.kernels.cpu_attend import LOG2_E, GatherBuffer, LayerRows, RequestRows, attend
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.prefix_groups import PrefixGroup
 from hardkv_sglang.resolved_config import ResolvedConfig
@@ -39,16 +38,16 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
     hardkv_cfg: ResolvedConfig
     hardkv_tables: DeviceTables
     hardkv_rows: list[DecodeRow]
-    hardkv_lists: dict[int, list[LayerRows]]  # by request row, of compressed requests since their last event
-    hardkv_no_lists: list[LayerRows]
+    hardkv_found: dict[int, RequestRows]  # by request row, of the last step's requests
+    hardkv_buffer: GatherBuffer
 
     def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
         """See `backends.TieredBackend`."""
         self.hardkv_cfg = cfg
         self.hardkv_tables = tables
         self.hardkv_rows = []
-        self.hardkv_lists = {}
-        self.hardkv_no_lists = no_lists(cfg.layout, self._attention_dtype)
+        self.hardkv_found = {}
+        self.hardkv_buffer = GatherBuffer(self.token_to_kv_pool.k_storage)
 
     @property
     def workspace_bytes(self) -> int:
@@ -62,7 +61,7 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
     def forget_lists(self, rows: Iterable[int]) -> None:
         """See `backends.TieredBackend`."""
         for row in rows:
-            self.hardkv_lists.pop(row, None)
+            self.hardkv_found.pop(row, None)
 
     def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
         """Nothing to do: this backend plans on the device's own tables."""
@@ -77,20 +76,22 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
             return
         rows, seq_lens = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
         self.hardkv_rows = [self._decode_row(row, seq_len) for row, seq_len in zip(rows, seq_lens, strict=True)]
+        self.hardkv_found = {row: self.hardkv_found[row] for row in rows if row in self.hardkv_found}
 
     def _decode_row(self, row: int, seq_len: int) -> DecodeRow:
-        tables, layout = self.hardkv_tables, self.hardkv_cfg.layout
-        req_to_token = self.req_to_token_pool.req_to_token
+        tables = self.hardkv_tables
         is_compressed, ring_slot = int(tables.recent_start[row]) > 0, int(tables.ring_slot[row])
-        if is_compressed and row not in self.hardkv_lists:
-            self.hardkv_lists[row] = find_lists(layout, tables, req_to_token, row, self._attention_dtype)
-        if not is_compressed:
-            self.hardkv_lists.pop(row, None)  # those of the row's last request
-        live = []
-        if is_compressed or ring_slot >= 0:
-            slots = reference.dense_slots(req_to_token, tables, row, seq_len)
-            live = add_dense(self.hardkv_lists.get(row, self.hardkv_no_lists), layout, slots)
+        needs_rows = is_compressed or ring_slot >= 0
+        live = self._request_rows(row, seq_len).layers() if needs_rows else []
         return DecodeRow(seq_len, is_compressed, live, ring_slot)
+
+    def _request_rows(self, row: int, seq_len: int) -> RequestRows:
+        layout, req_to_token = self.hardkv_cfg.layout, self.req_to_token_pool.req_to_token
+        found = self.hardkv_found.get(row)
+        if found is None or not found.grow(layout, req_to_token[row, found.seq_len : seq_len]):
+            found = RequestRows.find(layout, self.hardkv_tables, req_to_token, row, seq_len, self._attention_dtype)
+            self.hardkv_found[row] = found
+        return found
 
     def forward_decode(
         self,
@@ -131,11 +132,11 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
 
     def _tiered_decode(self, q: torch.Tensor, o: torch.Tensor, request: DecodeRow, layer: Any) -> None:
         """Attend all tiers, into `o` if the request is compressed, and fill the observation ring if it is observed."""
-        tables, pool = self.hardkv_tables, self.token_to_kv_pool
-        state = attend(q, pool.k_storage, pool.v_storage, request.live[layer.layer_id], layer.scaling)
+        tables, pool, live = self.hardkv_tables, self.token_to_kv_pool, request.live[layer.layer_id]
+        tiers, lse = attend(q, pool.k_storage, pool.v_storage, live, layer.scaling, self.hardkv_buffer)
         if request.is_compressed:
-            o.copy_(state[0])
+            o.view(tiers.shape).copy_(tiers)
         if request.is_observed:
             index = (request.seq_len - 1) % self.hardkv_cfg.options.query_window
             tables.query_ring[layer.layer_id, request.ring_slot, index] = q
-            tables.lse2_ring[layer.layer_id, request.ring_slot, index] = state[1]
+            tables.lse2_ring[layer.layer_id, request.ring_slot, index] = lse.flatten() * LOG2_E

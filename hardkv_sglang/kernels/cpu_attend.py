@@ -10,71 +10,121 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from hardkv_sglang.kernels import reference
-from hardkv_sglang.kernels.reference import State
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
 LOG2_E = math.log2(math.e)
+SPARE_TOKENS = 512
+"""Decode tokens for which a request's rows have room before they are found anew."""
 
 
 @dataclass(frozen=True)
 class LayerRows:
     """Rows of one layer that a request attends, the same number for every KV head."""
 
-    rows: torch.Tensor  # [H, N] int64, rows of the storage
+    rows: torch.Tensor  # [N, H] int64, rows of the storage: those of a token are adjacent in memory
     mask: torch.Tensor  # [H, N], 0 or, for padding, minus infinity, in the type of the attention
 
 
-def find_lists(
-    layout: PoolLayout, tables: DeviceTables, req_to_token: torch.Tensor, row: int, dtype: torch.dtype
-) -> list[LayerRows]:
-    """Condensed and sparse lists of every layer, padded to the longest; they stay as they are until the next event.
+@dataclass
+class RequestRows:
+    """Rows that a request attends in all layers: lists, which stay as they are until its next event, then the dense
+    tier, which grows by a token a step."""
 
-    dtype: float32 or float64. CPU tensors.
-    """
-    rows, counts = reference.ragged_rows_of_layers(layout, tables, req_to_token, slice(None), row)
-    outside = torch.arange(rows.shape[-1]) >= counts[..., None]
-    # unused memory may hold NaN: padding reads the first live token
-    first = reference.dense_slots(req_to_token, tables, row, int(tables.recent_start[row]) + 1)[:1].long()
-    rows = torch.where(outside, _dense_rows(layout, first), rows)
-    mask = torch.zeros(rows.shape, dtype=dtype).masked_fill_(outside, -math.inf)
-    longest = counts.amax(1).tolist()
-    return [LayerRows(rows[i, :, :size].contiguous(), mask[i, :, :size].contiguous()) for i, size in enumerate(longest)]
+    rows: torch.Tensor  # [L, C, H] int64; lists end at `dense_start`, padded in front to the longest
+    mask: torch.Tensor  # [L, H, C], in the type of the attention
+    longest: list[int]  # longest list of each layer
+    dense_start: int
+    end: int  # of the dense tier, at most C
+    seq_len: int  # tokens of the request, the last of them at `end - 1`
+
+    @classmethod
+    def find(
+        cls,
+        layout: PoolLayout,
+        tables: DeviceTables,
+        req_to_token: torch.Tensor,
+        row: int,
+        seq_len: int,
+        dtype: torch.dtype,
+    ) -> RequestRows:
+        """Rows of a request with `seq_len` tokens, at least one of them dense.
+
+        dtype: of the attention, float32 or float64. CPU tensors.
+        """
+        lists, counts = reference.ragged_rows_of_layers(layout, tables, req_to_token, slice(None), row)
+        dense = _dense_rows(layout, reference.dense_slots(req_to_token, tables, row, seq_len))
+        start, longest = lists.shape[2], counts.amax(1)
+        # every layer's lists end where the dense tier starts
+        index = torch.arange(start) - (start - longest)[:, None, None]  # [L, 1, start]
+        is_padding = (index < 0) | (index >= counts[..., None])
+        # unused memory may hold NaN: padding reads a live token
+        lists = lists.gather(2, index.clamp(min=0).expand_as(is_padding)).transpose(1, 2)
+        lists = torch.where(is_padding.transpose(1, 2), dense[:, :1], lists)
+        rows = pad(torch.cat((lists, dense), 1), (0, 0, 0, SPARE_TOKENS))
+        mask = torch.zeros(rows.transpose(1, 2).shape, dtype=dtype)
+        mask[..., :start].masked_fill_(is_padding, -math.inf)
+        return cls(rows, mask, longest.tolist(), start, start + dense.shape[1], seq_len)
+
+    def grow(self, layout: PoolLayout, slots: torch.Tensor) -> bool:
+        """Append new tokens of the dense tier, slots [N]; False, and nothing done, if there is no room."""
+        end = self.end + slots.numel()
+        if end > self.rows.shape[1]:
+            return False
+        self.rows[:, self.end : end] = _dense_rows(layout, slots)
+        self.end, self.seq_len = end, self.seq_len + slots.numel()
+        return True
+
+    def layers(self) -> list[LayerRows]:
+        """What each layer attends now: views."""
+        starts = [self.dense_start - size for size in self.longest]
+        return [
+            LayerRows(rows[start : self.end], mask[:, start : self.end])
+            for rows, mask, start in zip(self.rows, self.mask, starts, strict=True)
+        ]
 
 
-def no_lists(layout: PoolLayout, dtype: torch.dtype) -> list[LayerRows]:
-    """Lists of a request without an event."""
-    shape = (layout.num_kv_heads, 0)
-    empty = LayerRows(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=dtype))
-    return [empty] * layout.num_layers
+class GatherBuffer:
+    """Memory into which the rows that a request attends are copied; it grows, and keeps its size."""
 
+    def __init__(self, storage: torch.Tensor) -> None:
+        self._rows = storage.new_empty(2, 0, storage.shape[-1])
 
-def add_dense(lists: list[LayerRows], layout: PoolLayout, slots: torch.Tensor) -> list[LayerRows]:
-    """Lists and the dense tier (`reference.dense_slots`) of every layer, once per step."""
-    dense, mask = _dense_rows(layout, slots.long()), lists[0].mask.new_zeros(layout.num_kv_heads, slots.numel())
-    return [
-        LayerRows(torch.cat((layer.rows, dense[i]), 1), torch.cat((layer.mask, mask), 1))
-        for i, layer in enumerate(lists)
-    ]
+    def gather(self, k_storage: torch.Tensor, v_storage: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """K and V of storage rows [N], as [2, N, D]; valid until the next call."""
+        if self._rows.shape[1] < rows.numel():
+            self._rows = self._rows.new_empty(2, 2 * rows.numel(), self._rows.shape[-1])
+        out = self._rows[:, : rows.numel()]
+        # copies whole rows: several times faster on a CPU than indexing with a tensor
+        torch.index_select(k_storage.view(-1, out.shape[-1]), 0, rows, out=out[0])
+        torch.index_select(v_storage.view(-1, out.shape[-1]), 0, rows, out=out[1])
+        return out
 
 
 def _dense_rows(layout: PoolLayout, slots: torch.Tensor) -> torch.Tensor:
-    """Storage rows of dense slots [N] in every layer and head, [L, H, N]."""
-    layers, heads = torch.arange(layout.num_layers)[:, None, None], torch.arange(layout.num_kv_heads)[:, None]
-    return (layers * layout.num_slots + slots) * layout.num_kv_heads + heads
+    """Storage rows of dense slots [N] in every layer and head, [L, N, H]."""
+    layers, heads = torch.arange(layout.num_layers)[:, None, None], torch.arange(layout.num_kv_heads)
+    return (layers * layout.num_slots + slots.long()[:, None]) * layout.num_kv_heads + heads
 
 
-def attend(q: torch.Tensor, k_storage: torch.Tensor, v_storage: torch.Tensor, live: LayerRows, scale: float) -> State:
+def attend(
+    q: torch.Tensor,
+    k_storage: torch.Tensor,
+    v_storage: torch.Tensor,
+    live: LayerRows,
+    scale: float,
+    buffer: GatherBuffer,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query token over the live tokens of a request, of which there is one at least.
 
-    q: [HQ, D]; k_storage, v_storage: [L, S, H, D], the whole pool. Returns the state of `merge.State`, without batch
-    dimension and in the type of the mask. CPU tensors.
+    q: [HQ, D]; k_storage, v_storage: [L, S, H, D], the whole pool. Returns o [H, HQ / H, D] and the natural-log LSE
+    [H, HQ / H], in the type of the mask. CPU tensors.
     """
-    (H, N), (HQ, D), kind, rows = live.mask.shape, q.shape, live.mask.dtype, live.rows.flatten()
-    # index_select copies whole rows: several times faster on a CPU than indexing with a tensor
-    k, v = (s.view(-1, D).index_select(0, rows).view(1, H, N, D).to(kind) for s in (k_storage, v_storage))
+    (H, N), kind, (HQ, D) = live.mask.shape, live.mask.dtype, q.shape
+    k, v = buffer.gather(k_storage, v_storage, live.rows.view(-1)).view(2, 1, N, H, D).transpose(2, 3).to(kind)
     # called below `scaled_dot_product_attention`, which does not return the LSE
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.to(kind).view(1, H, HQ // H, D),
@@ -83,4 +133,4 @@ def attend(q: torch.Tensor, k_storage: torch.Tensor, v_storage: torch.Tensor, li
         attn_mask=live.mask[None, :, None, :].expand(1, H, HQ // H, N),
         scale=scale,
     )
-    return o.reshape(HQ, D), lse.reshape(HQ).to(kind) * LOG2_E
+    return o[0], lse[0].to(kind)
