@@ -54,6 +54,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=positive, metavar="N", help="run only the first N layers; the report says so")
     parser.add_argument("--pool-tokens", type=positive, metavar="N", help="pool; the number of clients follows it")
     parser.add_argument("--options", type=compression_options, metavar="JSON", help="compression options")
+    parser.add_argument("--flags", type=server_flags, default={}, metavar="JSON", help="more flags of every server")
     parser.add_argument("--rounds", type=positive, metavar="N", help="repetitions, with the systems in alternation")
     parser.add_argument(
         "--time-limit", type=float, default=math.inf, metavar="S", help="stop after S seconds; resumable"
@@ -82,16 +83,30 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
 def compression_options(text: str) -> dict[str, Any]:
     """Options as given, once they are known to be valid."""
-    if not text.lstrip().startswith("{"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    options = json_object(text)
     try:
         HardKVConfig.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    options: dict[str, Any] = json.loads(text)
     return options
+
+
+def server_flags(text: str) -> dict[str, Any]:
+    """Flags by name, with or without their dashes; `true` is a flag without a value."""
+    return {name.removeprefix("--"): value for name, value in json_object(text).items()}
 
 
 def build_preset(args: argparse.Namespace) -> Preset:
@@ -104,7 +119,9 @@ def build_preset(args: argparse.Namespace) -> Preset:
     if args.clients:
         chosen = [workload.with_concurrency(args.clients) for workload in chosen]
     given = {name: value for name, value in changes.items() if value is not None}
-    return replace(preset, workloads=tuple(chosen), **given)
+    # where a preset gives a flag to all servers or to some, the command line replaces it for all
+    flags, same_flags = {**preset.flags, **args.flags}, {**preset.same_flags, **args.flags}
+    return replace(preset, workloads=tuple(chosen), flags=flags, same_flags=same_flags, **given)
 
 
 def finished(groups: Sequence[Sequence[Cell]], folder: Path) -> list[tuple[Cell, dict[str, Any]]]:

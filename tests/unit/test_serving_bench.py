@@ -132,6 +132,13 @@ def test_command_line_changes_the_preset() -> None:
     assert (preset.layers, preset.options, preset.pool_tokens) == (6, {"top_p": 0.9}, 6144)
 
 
+def test_flags_of_the_command_line_reach_every_server() -> None:
+    flags = '{"--max-running-requests": 8, "enable-metrics": true}'
+    preset = build_preset(parse_arguments(["--flags", flags]))
+    for system in build_systems(preset.flags, preset.same_flags, {}):
+        assert (system.flags["max-running-requests"], system.flags["enable-metrics"]) == (8, True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -150,12 +157,13 @@ def test_bad_input_is_named(words: list[str], message: str, tmp_path: Path, caps
     ("words", "message"),
     [
         (["--options", "[1]"], "'[1]' is not a JSON object"),
+        (["--flags", "page-size=1"], "'page-size=1' is not JSON"),
         (["--options", '{"top_q": 1}'], "unknown option 'top_q'"),
         (["--options", '{"top_p": 3}'], "top_p=3 is out of range"),
         (["--clients", "4,0"], "'0' is not a whole number above 0"),
         (["--rounds", "two"], "'two' is not a whole number above 0"),
     ],
-    ids=["no-object", "unknown-option", "range", "zero", "word"],
+    ids=["no-object", "no-json", "unknown-option", "range", "zero", "word"],
 )
 def test_bad_arguments_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
