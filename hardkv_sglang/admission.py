@@ -36,7 +36,7 @@ class Admission:
             return True
         outlooks = [self._running_outlook(r) for r in running] + [self._new_outlook(r) for r in [*admitted, req]]
         events_per_step = self.planner.schedule.event_budget(len(outlooks))
-        peak = self.forecast.peak_growth(outlooks, self.planner.kept.fraction, events_per_step)
+        peak = self.forecast.peak_growth(outlooks, self.planner.kept, events_per_step)
         return peak + self._reserve([*running, *admitted, req]) <= free_tokens
 
     def _reserve(self, reqs: Sequence[Any]) -> int:

@@ -7,33 +7,50 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-PRIOR_KEPT_FRACTION = (
-    0.7  # share of aged tokens that condensed pages hold, before this server has measured it: a cautious
-)
-# start costs nothing, because requests that start later do not peak together with the first ones
-PRIOR_TOKENS = 4096  # aged tokens that the prior stands for
-SHARE_MEMORY = 256  # select events over which the kept share is averaged
+import numpy as np
+from numpy.typing import NDArray
+
+PRIOR_SHARE = 0.7  # share of aged tokens that condensed pages hold, before this server has measured it: cautious
+PRIOR_EVENTS = 2  # select events that an age's prior stands for
+SHARE_MEMORY = 256  # select events over which the share of an age is averaged
 LENGTH_MEMORY = 1024  # finished requests after which the older half counts half
 
 
-@dataclass
 class KeptShare:
-    """Running average of the tokens that survivors occupy in whole pages, per token that left the recent window."""
+    """Running average of the tokens that survivors occupy in whole pages, per token that left the recent window.
 
-    kept_tokens: float = PRIOR_KEPT_FRACTION * PRIOR_TOKENS
-    aged_tokens: float = PRIOR_TOKENS
+    By age, in select intervals: where a cap binds, old requests keep a smaller share than young ones, and one average
+    over both would promise memory that young ones do not give back. An age starts with the share of the next younger
+    one, the youngest with `PRIOR_SHARE`.
+    """
+
+    def __init__(self, span: int) -> None:
+        self._span = span  # tokens of a select interval
+        self._sums: list[float] = []  # of shares, by age
+        self._events: list[float] = []
+        self._shares: NDArray[np.float64] = np.full(1, PRIOR_SHARE)
 
     def add(self, kept_tokens: int, aged_tokens: int) -> None:
         """Count one settled select event."""
+        age = aged_tokens // self._span
+        missing = max(0, age + 1 - len(self._sums))
+        self._sums += [0.0] * missing
+        self._events += [0.0] * missing
         memory = 1 - 1 / SHARE_MEMORY
-        self.kept_tokens = self.kept_tokens * memory + kept_tokens
-        self.aged_tokens = self.aged_tokens * memory + aged_tokens
+        self._sums[age] = self._sums[age] * memory + min(1.0, kept_tokens / aged_tokens)
+        self._events[age] = self._events[age] * memory + 1
+        self._shares = np.empty(len(self._sums))
+        share = PRIOR_SHARE
+        for i, (total, events) in enumerate(zip(self._sums, self._events, strict=True)):
+            share = (share * PRIOR_EVENTS + total) / (PRIOR_EVENTS + events)
+            self._shares[i] = share
 
-    @property
-    def fraction(self) -> float:
-        """Expected share, at most 1."""
-        return min(1.0, self.kept_tokens / self.aged_tokens)
+    def tokens(self, aged_tokens: NDArray[Any]) -> NDArray[Any]:
+        """Tokens that requests with so many aged tokens are expected to keep."""
+        ages = np.minimum(aged_tokens // self._span, len(self._shares) - 1)
+        return aged_tokens * self._shares[ages.astype(np.intp)]
 
 
 @dataclass

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import ceil
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hardkv_sglang.expectation import KeptShare
 from hardkv_sglang.resolved_config import ResolvedConfig
 
 FORECAST_POINTS = 256  # steps ahead at which usage is forecast, evenly spread up to the last expected token
+EVENT_POINTS = 64  # events, of those that come next, before which usage is forecast
+FORECAST_ERROR = 0.01  # of the peak: what simulations of hundreds of requests in step exceeded it by
 EVENTS_PER_CYCLE = 2  # a select event and a condense event
 
 
@@ -50,28 +54,36 @@ class UsageForecast:
         select_span = layout.page_ceil(options.select_interval)
         self.span = -(-options.condense_interval // select_span) * select_span
 
-    def peak_growth(self, requests: Sequence[Outlook], kept_fraction: float, events_per_step: int) -> int:
-        """Most pool tokens that the requests together will take beyond what they hold now."""
+    def peak_growth(self, requests: Sequence[Outlook], kept: KeptShare, events_per_step: int) -> int:
+        """Most pool tokens that the requests together will take beyond what they hold now, allowing for errors."""
         columns = [[float(getattr(r, f.name)) for r in requests] for f in FIELDS]
         prompt, held, dense, condensed, aged, first, expected, most = np.array(columns)[:, :, None]  # [N, 1] each
-        first = self._queued(first, events_per_step)
-        times = self._times(float(np.minimum(expected, most).max()))
+        due = first.clip(min=1)  # overdue events have not happened yet
+        first = self._queued(due, events_per_step)
+        times = self._times(float(np.minimum(expected, most).max()), first[:, 0])
         steps = np.minimum(times, expected)
         events = np.where(steps >= first, 1 + np.floor((steps - first) / self.span), 0)
-        # the first event leaves the recent window, later ones take one span each
-        freed_first = np.floor((dense + first - self.recent_tokens) / self.page_size) * self.page_size
+        # the first event leaves the recent window, later ones take one span each; what they age does not wait
+        freed_first = np.floor((dense + due - self.recent_tokens) / self.page_size) * self.page_size
         freed = np.where(events > 0, freed_first.clip(0, self.max_sparse_span) + (events - 1) * self.span, 0)
         gone = aged + freed
-        kept = np.maximum(gone * kept_fraction, np.minimum(gone, self.min_kept_tokens))
-        survivors = np.maximum(condensed, np.minimum(kept, self.max_condensed_tokens))
-        usage = prompt + self._ceil(dense + steps - freed) + self._ceil(np.where(events > 0, survivors, condensed))
-        growth = np.where(times <= most, usage, 0) - held
-        return int(growth.sum(0).max())
+        expected_kept = np.maximum(kept.tokens(gone), np.minimum(gone, self.min_kept_tokens))
+        survivors = np.maximum(condensed, np.minimum(expected_kept, self.max_condensed_tokens))
+        # with the slot of the step to come: requests of one length open their pages in the same step
+        usage = prompt + self._ceil(dense + steps - freed + 1) + self._ceil(np.where(events > 0, survivors, condensed))
+        peak = float(np.where(times <= most, usage, 0).sum(0).max())
+        return ceil(peak * (1 + FORECAST_ERROR) - held.sum())
 
-    def _times(self, last: float) -> NDArray[Any]:
-        """Steps ahead at which to look, [T]: an odd number of pages apart, to meet every phase of a span."""
-        stride = -(-int(last) // (FORECAST_POINTS * self.page_size)) | 1
-        return np.arange(0.0, FORECAST_POINTS + 1) * stride * self.page_size
+    def _times(self, last: float, first: NDArray[Any]) -> NDArray[Any]:
+        """Steps ahead at which to look, [T].
+
+        Evenly spread, an odd number of steps apart to meet every phase of a page and a span, and just before events to
+        come, where usage is highest.
+        """
+        stride = -(-int(last) // FORECAST_POINTS) | 1
+        before = np.ceil(first[np.isfinite(first)]) - 1
+        before = np.sort(before)[:: len(before) // EVENT_POINTS + 1]
+        return np.concatenate((np.arange(0.0, FORECAST_POINTS + 1) * stride, before.clip(0, last)))
 
     def _queued(self, first: NDArray[Any], events_per_step: int) -> NDArray[Any]:
         """Steps until each condense event, when select and condense events wait for their turn; [N, 1]."""

@@ -36,7 +36,7 @@ class LifecyclePlanner:
         self.cfg = cfg
         self.schedule = EventSchedule(cfg)
         self.query_window = cfg.options.query_window
-        self.kept = KeptShare()  # of all requests so far
+        self.kept = KeptShare(self.schedule.select_span)  # of all requests so far
         self.free_ring_slots = list(range(cfg.num_ring_slots))
 
     def admit(self, row: int, prompt_len: int, protected_len: int, seq_len: int) -> RequestState:

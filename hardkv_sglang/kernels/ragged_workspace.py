@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -55,7 +55,10 @@ class Tuning:
             return cls(block_tokens=32, num_warps=4, num_stages=2, programs_per_multiprocessor=6)
         if num_lists <= num_multiprocessors // 2:
             return cls(block_tokens=64, num_warps=4, num_stages=3, programs_per_multiprocessor=6)
-        return cls.many_lists()
+        most = cls.many_lists()
+        # programs that find no item cost as much as any to start: about as many as there will be splits
+        programs = max(8, triton.cdiv(2 * num_lists, num_multiprocessors))
+        return replace(most, programs_per_multiprocessor=min(programs, most.programs_per_multiprocessor))
 
     @classmethod
     def many_lists(cls) -> Tuning:

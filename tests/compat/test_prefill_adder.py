@@ -73,7 +73,9 @@ few, many = admit(stock, adder([]), requests), admit(ours, adder([]), [request(i
 # dense they need 3040 tokens each; compressed 40 + 672 dense ones and at most 0.7 * 2400 condensed ones at the end
 assert few == 1, few
 assert many == 2, many
-planner.kept.add(100_000, 1_000_000)
+for age in range(1, 6):
+    for _ in range(50):
+        planner.kept.add(age * 51, age * 512)
 batch = adder([])
 more = admit(ours, batch, [request(i) for i in range(32, 48)])
 assert more >= 5, more

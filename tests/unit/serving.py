@@ -181,7 +181,8 @@ class Serving:
 
     def settle(self, state: RequestState) -> None:
         aged = state.recent_start - state.prefix_end
-        candidates = state.condensed_list_bound + state.sparse_span
+        most = self.options.max_tokens or aged
+        candidates = min(most, state.condensed_list_bound + state.sparse_span)
         counts = [min(candidates, self.kept_tokens(self.random, aged)) for _ in range(4)]
         self.planner.settle(state, sum(-(-n // PAGE) for n in counts), counts)
 

@@ -23,7 +23,7 @@ def keep_share(share: float) -> Callable[[random.Random, int], int]:
 
 
 def keep_all(_rng: random.Random, aged: int) -> int:
-    return aged
+    return aged  # or, where there is one, the cap
 
 
 def keep_like_measured(rng: random.Random, aged: int) -> int:
@@ -81,6 +81,15 @@ def test_requests_that_keep_everything_are_admitted_like_dense_ones() -> None:
     serving = serve(requests, POOL_PAGES, top_p=1.0, max_tokens=None, kept_tokens=keep_all)
     assert retractions(requests) == 0
     assert serving.statistics.select_events == serving.statistics.condense_events == 0
+
+
+def test_nothing_is_dropped_below_a_cap() -> None:
+    """Flat attention: lists keep everything up to the cap, so that young requests give nothing back."""
+    requests = [Request(str(i), 128, 1024, 1024, ignore_eos=True) for i in range(64)]
+    serving = serve(requests, 330, select_interval=128, condense_interval=128, max_tokens=256, kept_tokens=keep_all)
+    assert retractions(requests) == 0
+    # 15 at a time, each with 128 tokens of prompt, 256 condensed ones and at most 256 that are not
+    assert serving.sum_running / serving.decode_steps > 13
 
 
 def test_a_request_that_is_alone_is_never_refused() -> None:
