@@ -13,8 +13,9 @@ import torch
 from hardkv_sglang.server_process import ServerProcess as Server
 
 PAGE = 32
-# decode and prefill round differently: in bfloat16, which a GPU takes, stock SGLang differs from itself by up to 0.1
-LOGPROB_TOLERANCE = 0.3 if torch.cuda.is_available() else 1e-3
+# decode and prefill round differently: in bfloat16, which a GPU takes, stock SGLang differs from itself by up to 0.3
+# (420 tokens of a random model of 8 layers)
+LOGPROB_TOLERANCE = 0.5 if torch.cuda.is_available() else 1e-3
 POOL_TOKENS = 2560
 
 # short intervals, so that a few hundred tokens see several events

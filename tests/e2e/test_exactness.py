@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 from e2e.compressed import (
     EXACT,
     FIRST_EVENT,
@@ -58,6 +60,12 @@ def test_opted_out_request_is_identical(server_for: ServerFor) -> None:
     assert output_logprobs(ours) == output_logprobs(stock)
 
 
+def prefill_differences(server: Server, prompt: list[int], reply: Any) -> list[float]:
+    """How far the log-probability of each generated token is from that of the server's own prefill."""
+    dense = prefill_logprobs(server, prompt + reply["output_ids"], len(prompt))
+    return [abs(a - b) for a, b in zip(output_logprobs(reply), dense, strict=True)]
+
+
 def test_p_one_equals_dense(server_for: ServerFor) -> None:
     server, rid, prompt = server_for(EXACT, STRICT), fresh_rid(), prompt_ids(45, seed=4)
     reply = decode(server, prompt, 420, rid=rid)
@@ -65,8 +73,12 @@ def test_p_one_equals_dense(server_for: ServerFor) -> None:
     assert report["select_events"] >= 3
     assert report["condense_events"] >= 2
     assert report["kept_p10"] == report["kept_max"]
-    dense = prefill_logprobs(server, prompt + reply["output_ids"], len(prompt))
-    assert output_logprobs(reply) == pytest.approx(dense, abs=LOGPROB_TOLERANCE)
+    allowed = LOGPROB_TOLERANCE
+    if torch.cuda.is_available():
+        # 16 bits: stock's decode and prefill differ as well, and every tier adds a rounding
+        stock = server_for(STOCK, STRICT)
+        allowed = 1.5 * max(prefill_differences(stock, prompt, decode(stock, prompt, 420)))
+    assert max(prefill_differences(server, prompt, reply)) <= allowed
 
 
 def test_overlap_on_and_off_agree(server_for: ServerFor) -> None:
