@@ -83,13 +83,18 @@ def test_requests_that_keep_everything_are_admitted_like_dense_ones() -> None:
     assert serving.statistics.select_events == serving.statistics.condense_events == 0
 
 
-def test_nothing_is_dropped_below_a_cap() -> None:
-    """Flat attention: lists keep everything up to the cap, so that young requests give nothing back."""
-    requests = [Request(str(i), 128, 1024, 1024, ignore_eos=True) for i in range(64)]
-    serving = serve(requests, 330, select_interval=128, condense_interval=128, max_tokens=256, kept_tokens=keep_all)
-    assert retractions(requests) == 0
-    # 15 at a time, each with 128 tokens of prompt, 256 condensed ones and at most 256 that are not
-    assert serving.sum_running / serving.decode_steps > 13
+def test_flat_attention_below_a_cap_retracts_at_most_one_in_a_hundred() -> None:
+    """Lists keep everything up to the cap: young requests give nothing back, and all of a wave peak together."""
+    retracted = 0
+    for num_pages in (320, 330, 340, 350):
+        requests = [Request(str(i), 128, 1024, 1024, ignore_eos=True) for i in range(64)]
+        serving = serve(
+            requests, num_pages, select_interval=128, condense_interval=128, max_tokens=256, kept_tokens=keep_all
+        )
+        retracted += retractions(requests)
+        # each has 128 tokens of prompt, 256 condensed ones and at most 256 that are not
+        assert serving.sum_running / serving.decode_steps > 0.8 * num_pages * PAGE / 640
+    assert retracted <= 2
 
 
 def test_a_request_that_is_alone_is_never_refused() -> None:
