@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,8 @@ from unit.page_pool import PAGE
 from unit.serving import Request, Serving
 
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.expectation import OutputLength
+from hardkv_sglang.expectation import PRIOR_SHARE, KeptShare, OutputLength
+from hardkv_sglang.forecast import Outlook
 
 DEFAULTS = HardKVConfig(select_interval=512)
 POOL_PAGES = 188  # 6016 tokens
@@ -153,6 +155,27 @@ def test_random_servings_conserve_pages(seed: int, num_pages: int, select: int, 
     serving.waiting = requests[3:]
     serving.run()
     assert sorted(serving.pool.free) == list(range(1, num_pages + 1))
+
+
+def test_kept_shares_are_learned_by_age() -> None:
+    kept = KeptShare(512)
+    ages = np.array([0, 512, 1024, 8192])
+    assert kept.tokens(ages) == pytest.approx(PRIOR_SHARE * ages)
+    for _ in range(400):
+        kept.add(512, 512)
+        kept.add(512, 1024)
+    # ages that nobody has reached yet are like the oldest that somebody has
+    assert kept.tokens(ages) == pytest.approx(np.array([0, 512, 512, 4096]), rel=0.01)
+
+
+def test_overdue_events_are_still_to_come() -> None:
+    serving = Serving(DEFAULTS, POOL_PAGES, [], keep_all)
+    forecast, kept = serving.admission.forecast, serving.planner.kept
+    outlook = Outlook(
+        prompt=0, held=640, dense=640, condensed=0, aged=0, first_condense=-30, expected_steps=8, most_steps=8
+    )
+    # nothing is given back before the next step, and a page more is opened in it
+    assert forecast.peak_growth([outlook], kept, 1) >= PAGE
 
 
 def test_output_length_counts_running_requests() -> None:
