@@ -47,6 +47,10 @@ class KeptShare:
             share = (share * PRIOR_EVENTS + total) / (PRIOR_EVENTS + events)
             self._shares[i] = share
 
+    def share(self, aged_tokens: int) -> float:
+        """Share that a request with so many aged tokens is expected to keep."""
+        return float(self._shares[min(aged_tokens // self._span, len(self._shares) - 1)])
+
     def tokens(self, aged_tokens: NDArray[Any]) -> NDArray[Any]:
         """Tokens that requests with so many aged tokens are expected to keep."""
         ages = np.minimum(aged_tokens // self._span, len(self._shares) - 1)

@@ -18,7 +18,7 @@ from hardkv_sglang.expectation import KeptShare
 from hardkv_sglang.resolved_config import ResolvedConfig
 
 FORECAST_POINTS = 256  # steps ahead at which usage is forecast, evenly spread up to the last expected token
-EVENT_POINTS = 64  # events, of those that come next, before which usage is forecast
+EVENT_POINTS = 64  # requests before whose next condense event usage is forecast too, evenly chosen
 FORECAST_ERROR = 0.005  # of the peak: without it, simulations of hundreds of requests in step retract some
 EVENTS_PER_CYCLE = 2  # a select event and a condense event
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
-import numpy as np
-
 from hardkv_sglang.lifecycle import LifecyclePlanner
 from hardkv_sglang.request_state import RequestState, View
 from hardkv_sglang.schedule import COUNT_DELAY
@@ -64,7 +62,7 @@ class PressureRelief:
 
     def _expected_survivors(self, state: RequestState, target: int) -> int:
         aged = target - state.prefix_end
-        expected = max(int(self.kept.tokens(np.asarray(aged))), min(aged, self.cfg.min_kept_tokens))
+        expected = max(int(self.kept.share(aged) * aged), min(aged, self.cfg.min_kept_tokens))
         pages = max(-(-expected // self.page_size), state.num_condensed_pages)
         return min(pages, self.cfg.max_condensed_pages)
 

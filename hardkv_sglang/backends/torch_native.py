@@ -38,7 +38,7 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
     hardkv_cfg: ResolvedConfig
     hardkv_tables: DeviceTables
     hardkv_rows: list[DecodeRow]
-    hardkv_found: dict[int, RequestRows]  # by request row, of the last step's requests
+    hardkv_request_rows: dict[int, RequestRows]  # by request row, of the last step's requests
     hardkv_buffer: GatherBuffer
 
     def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
@@ -46,7 +46,7 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         self.hardkv_cfg = cfg
         self.hardkv_tables = tables
         self.hardkv_rows = []
-        self.hardkv_found = {}
+        self.hardkv_request_rows = {}
         self.hardkv_buffer = GatherBuffer(self.token_to_kv_pool.k_storage)
 
     @property
@@ -61,7 +61,7 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
     def forget_lists(self, rows: Iterable[int]) -> None:
         """See `backends.TieredBackend`."""
         for row in rows:
-            self.hardkv_found.pop(row, None)
+            self.hardkv_request_rows.pop(row, None)
 
     def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
         """Nothing to do: this backend plans on the device's own tables."""
@@ -76,7 +76,9 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
             return
         rows, seq_lens = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
         self.hardkv_rows = [self._decode_row(row, seq_len) for row, seq_len in zip(rows, seq_lens, strict=True)]
-        self.hardkv_found = {row: self.hardkv_found[row] for row in rows if row in self.hardkv_found}
+        self.hardkv_request_rows = {
+            row: self.hardkv_request_rows[row] for row in rows if row in self.hardkv_request_rows
+        }
 
     def _decode_row(self, row: int, seq_len: int) -> DecodeRow:
         tables = self.hardkv_tables
@@ -87,10 +89,10 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
 
     def _request_rows(self, row: int, seq_len: int) -> RequestRows:
         layout, req_to_token = self.hardkv_cfg.layout, self.req_to_token_pool.req_to_token
-        found = self.hardkv_found.get(row)
+        found = self.hardkv_request_rows.get(row)
         if found is None or not found.grow(layout, req_to_token[row, found.seq_len : seq_len]):
             found = RequestRows.find(layout, self.hardkv_tables, req_to_token, row, seq_len, self._attention_dtype)
-            self.hardkv_found[row] = found
+            self.hardkv_request_rows[row] = found
         return found
 
     def forward_decode(

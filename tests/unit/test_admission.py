@@ -166,6 +166,7 @@ def test_kept_shares_are_learned_by_age() -> None:
         kept.add(512, 1024)
     # ages that nobody has reached yet are like the oldest that somebody has
     assert kept.tokens(ages) == pytest.approx(np.array([0, 512, 512, 4096]), rel=0.01)
+    assert [kept.share(age) for age in ages.tolist()] == pytest.approx([PRIOR_SHARE, 1, 0.5, 0.5], rel=0.01)
 
 
 def test_overdue_events_are_still_to_come() -> None:
