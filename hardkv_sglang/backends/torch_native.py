@@ -10,25 +10,25 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from hardkv_sglang.kernels.cpu_attend import LOG2_E, GatherBuffer, LayerRows, RequestRows, attend
+from hardkv_sglang.kernels import reference
+from hardkv_sglang.kernels.cpu_attend import RaggedRows, attend
+from hardkv_sglang.kernels.cpu_rows import RequestLists, join_dense, join_lists
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.prefix_groups import PrefixGroup
 from hardkv_sglang.resolved_config import ResolvedConfig
 
 
 @dataclass(frozen=True)
-class DecodeRow:
-    """One request of a decode batch."""
+class TieredStep:
+    """A decode step's requests that are compressed, or whose query and LSE are recorded."""
 
-    seq_len: int
-    is_compressed: bool  # else stock attention serves
-    live: list[LayerRows]  # by layer; empty where only stock attention is needed
-    ring_slot: int  # where its query and LSE go in the observation ring; -1: nowhere
-
-    @property
-    def is_observed(self) -> bool:
-        """Whether its query and LSE are recorded."""
-        return self.ring_slot >= 0
+    in_batch: torch.Tensor  # [A] int64, their index in the batch
+    compressed: torch.Tensor  # [C] int64, those of A that are compressed; stock attention serves the others
+    dense: RaggedRows  # of A * HQ queries, in the storage of one layer
+    lists: list[RaggedRows]  # by layer, condensed and sparse, in the whole storage
+    recorded: torch.Tensor  # [O] int64, those of A whose query and LSE are recorded
+    ring_slot: torch.Tensor  # [O] int64
+    ring_index: torch.Tensor  # [O] int64
 
 
 class HardKVTorchNativeBackend(TorchNativeAttnBackend):
@@ -37,31 +37,30 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
 
     hardkv_cfg: ResolvedConfig
     hardkv_tables: DeviceTables
-    hardkv_rows: list[DecodeRow]
-    hardkv_request_rows: dict[int, RequestRows]  # by request row, of the last step's requests
-    hardkv_buffer: GatherBuffer
+    hardkv_step: TieredStep | None  # None: stock attention serves all requests
+    hardkv_stock_requests: list[int]  # which it serves otherwise, by their index in the batch
+    hardkv_lists: dict[int, RequestLists]  # by request row, of the last step's requests
+    hardkv_joined: tuple[tuple[int, ...], list[RaggedRows]]  # lists of these request rows, by layer
 
     def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
         """See `backends.TieredBackend`."""
         self.hardkv_cfg = cfg
         self.hardkv_tables = tables
-        self.hardkv_rows = []
-        self.hardkv_request_rows = {}
-        self.hardkv_buffer = GatherBuffer(self.token_to_kv_pool.k_storage)
+        self.hardkv_step = None
+        self.hardkv_stock_requests = []
+        self.hardkv_lists = {}
+        self.hardkv_joined = (), []
 
     @property
     def workspace_bytes(self) -> int:
         """See `backends.TieredBackend`."""
         return 0
 
-    @property
-    def _attention_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.token_to_kv_pool.k_storage.dtype, torch.float32)
-
     def forget_lists(self, rows: Iterable[int]) -> None:
         """See `backends.TieredBackend`."""
         for row in rows:
-            self.hardkv_request_rows.pop(row, None)
+            self.hardkv_lists.pop(row, None)
+        self.hardkv_joined = (), []
 
     def set_hidden_tokens(self, hidden: torch.Tensor) -> None:
         """Nothing to do: this backend plans on the device's own tables."""
@@ -74,26 +73,51 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         super().init_forward_metadata(forward_batch)
         if not forward_batch.forward_mode.is_decode():
             return
-        rows, seq_lens = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
-        self.hardkv_rows = [self._decode_row(row, seq_len) for row, seq_len in zip(rows, seq_lens, strict=True)]
-        self.hardkv_request_rows = {
-            row: self.hardkv_request_rows[row] for row in rows if row in self.hardkv_request_rows
-        }
+        rows, seq_lens = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens
+        recent_start = self.hardkv_tables.recent_start.index_select(0, forward_batch.req_pool_indices)
+        ring_slot = self.hardkv_tables.ring_slot.index_select(0, forward_batch.req_pool_indices)
+        is_compressed, is_recorded = recent_start > 0, ring_slot >= 0
+        tiered = (is_compressed | is_recorded).nonzero().flatten()
+        self.hardkv_stock_requests = (~is_compressed).nonzero().flatten().tolist()
+        self.hardkv_lists = {row: self.hardkv_lists[row] for row in rows if row in self.hardkv_lists}
+        if tiered.numel() == 0:
+            self.hardkv_step = None
+            return
+        recorded = is_recorded[tiered].nonzero().flatten()
+        in_batch = tiered[recorded]
+        self.hardkv_step = TieredStep(
+            in_batch=tiered,
+            compressed=is_compressed[tiered].nonzero().flatten(),
+            dense=self._join_dense([(rows[i], int(seq_lens[i])) for i in tiered.tolist()]),
+            lists=self._join_lists(tuple(rows[i] for i in tiered.tolist())),
+            recorded=recorded,
+            ring_slot=ring_slot[in_batch].long(),
+            ring_index=(seq_lens[in_batch] - 1) % self.hardkv_cfg.options.query_window,
+        )
 
-    def _decode_row(self, row: int, seq_len: int) -> DecodeRow:
-        tables = self.hardkv_tables
-        is_compressed, ring_slot = int(tables.recent_start[row]) > 0, int(tables.ring_slot[row])
-        needs_rows = is_compressed or ring_slot >= 0
-        live = self._request_rows(row, seq_len).layers() if needs_rows else []
-        return DecodeRow(seq_len, is_compressed, live, ring_slot)
+    @property
+    def _group(self) -> int:
+        return self.hardkv_cfg.num_q_heads // self.hardkv_cfg.layout.num_kv_heads
 
-    def _request_rows(self, row: int, seq_len: int) -> RequestRows:
-        layout, req_to_token = self.hardkv_cfg.layout, self.req_to_token_pool.req_to_token
-        found = self.hardkv_request_rows.get(row)
-        if found is None or not found.grow(layout, req_to_token[row, found.seq_len : seq_len]):
-            found = RequestRows.find(layout, self.hardkv_tables, req_to_token, row, seq_len, self._attention_dtype)
-            self.hardkv_request_rows[row] = found
-        return found
+    @property
+    def _attention_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.token_to_kv_pool.k_storage.dtype, torch.float32)
+
+    def _join_dense(self, requests: list[tuple[int, int]]) -> RaggedRows:
+        req_to_token = self.req_to_token_pool.req_to_token
+        slots = [reference.dense_slots(req_to_token, self.hardkv_tables, row, seq_len) for row, seq_len in requests]
+        return join_dense(slots, self.hardkv_cfg.layout, self._group, self._attention_dtype)
+
+    def _join_lists(self, rows: tuple[int, ...]) -> list[RaggedRows]:
+        """Lists of these request rows, which are read again only after an event and joined for another batch."""
+        if self.hardkv_joined[0] != rows:
+            layout, req_to_token = self.hardkv_cfg.layout, self.req_to_token_pool.req_to_token
+            for row in rows:
+                if row not in self.hardkv_lists:
+                    self.hardkv_lists[row] = RequestLists.read(layout, self.hardkv_tables, req_to_token, row)
+            lists = [self.hardkv_lists[row] for row in rows]
+            self.hardkv_joined = rows, join_lists(lists, layout, self._group, self._attention_dtype)
+        return self.hardkv_joined[1]
 
     def forward_decode(
         self,
@@ -105,17 +129,15 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
         """Attention of one new token per request; q [bs, HQ * D] after RoPE, returns the same shape."""
-        if not any(r.live for r in self.hardkv_rows):
+        if self.hardkv_step is None:
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         if save_kv_cache and k is not None and v is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         o = torch.empty_like(queries)
-        for i, request in enumerate(self.hardkv_rows):
-            if not request.is_compressed:
-                self._stock_decode(queries, o, i, layer, forward_batch)
-            if request.live:
-                self._tiered_decode(queries[i], o[i], request, layer)
+        for i in self.hardkv_stock_requests:
+            self._stock_decode(queries, o, i, layer, forward_batch)
+        self._tiered_decode(queries, o, self.hardkv_step, layer)
         return o.view(q.shape[0], -1)
 
     def _stock_decode(self, queries: torch.Tensor, o: torch.Tensor, i: int, layer: Any, forward_batch: Any) -> None:
@@ -132,13 +154,18 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
             causal=False,
         )
 
-    def _tiered_decode(self, q: torch.Tensor, o: torch.Tensor, request: DecodeRow, layer: Any) -> None:
-        """Attend all tiers, into `o` if the request is compressed, and fill the observation ring if it is observed."""
-        tables, pool, live = self.hardkv_tables, self.token_to_kv_pool, request.live[layer.layer_id]
-        tiers, lse = attend(q, pool.k_storage, pool.v_storage, live, layer.scaling, self.hardkv_buffer)
-        if request.is_compressed:
-            o.view(tiers.shape).copy_(tiers)
-        if request.is_observed:
-            index = (request.seq_len - 1) % self.hardkv_cfg.options.query_window
-            tables.query_ring[layer.layer_id, request.ring_slot, index] = q
-            tables.lse2_ring[layer.layer_id, request.ring_slot, index] = lse.flatten() * LOG2_E
+    def _tiered_decode(self, queries: torch.Tensor, o: torch.Tensor, step: TieredStep, layer: Any) -> None:
+        """Attend all tiers, into `o` where a request is compressed, and fill the observation ring.
+
+        queries, o: [bs, HQ, D].
+        """
+        tables, pool, index = self.hardkv_tables, self.token_to_kv_pool, layer.layer_id
+        q = queries.index_select(0, step.in_batch)
+        flat, scale = q.flatten(0, 1), layer.scaling
+        k_rows, v_rows = (x.view(x.shape[0], -1, x.shape[-1]) for x in (pool.k_storage, pool.v_storage))
+        dense = attend(flat, k_rows[index], v_rows[index], step.dense, scale)
+        lists = attend(flat, k_rows.flatten(0, 1), v_rows.flatten(0, 1), step.lists[index], scale)
+        tiers, lse2 = reference.merge_states(dense, lists)
+        o[step.in_batch[step.compressed]] = tiers.view(q.shape)[step.compressed].to(o.dtype)
+        tables.query_ring[index, step.ring_slot, step.ring_index] = q[step.recorded]
+        tables.lse2_ring[index, step.ring_slot, step.ring_index] = lse2.view(q.shape[:2])[step.recorded].float()
