@@ -21,6 +21,12 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """The device string that `--device` defaults to; the mixin's torch.device breaks argument resolution."""
         return "cpu"
 
+    def init_backend(self) -> None:
+        """Once in each worker: see `platform/linear.py`."""
+        from hardkv_sglang.platform import linear
+
+        linear.install()
+
     def get_default_attention_backend(self) -> str:
         """The only attention backend that is pure torch."""
         return "torch_native"
