@@ -73,26 +73,39 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         super().init_forward_metadata(forward_batch)
         if not forward_batch.forward_mode.is_decode():
             return
-        rows, seq_lens = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens
-        recent_start = self.hardkv_tables.recent_start.index_select(0, forward_batch.req_pool_indices)
-        ring_slot = self.hardkv_tables.ring_slot.index_select(0, forward_batch.req_pool_indices)
-        is_compressed, is_recorded = recent_start > 0, ring_slot >= 0
-        tiered = (is_compressed | is_recorded).nonzero().flatten()
+        rows = forward_batch.req_pool_indices
+        is_compressed = self.hardkv_tables.recent_start.index_select(0, rows) > 0
+        ring_slot = self.hardkv_tables.ring_slot.index_select(0, rows)
+        in_use = rows.tolist()
+        self.hardkv_lists = {row: self.hardkv_lists[row] for row in in_use if row in self.hardkv_lists}
         self.hardkv_stock_requests = (~is_compressed).nonzero().flatten().tolist()
-        self.hardkv_lists = {row: self.hardkv_lists[row] for row in rows if row in self.hardkv_lists}
-        if tiered.numel() == 0:
-            self.hardkv_step = None
-            return
-        recorded = is_recorded[tiered].nonzero().flatten()
-        in_batch = tiered[recorded]
-        self.hardkv_step = TieredStep(
-            in_batch=tiered,
-            compressed=is_compressed[tiered].nonzero().flatten(),
-            dense=self._join_dense([(rows[i], int(seq_lens[i])) for i in tiered.tolist()]),
-            lists=self._join_lists(tuple(rows[i] for i in tiered.tolist())),
+        tiered = (is_compressed | (ring_slot >= 0)).nonzero().flatten()
+        self.hardkv_step = (
+            self._tiered_step(
+                tiered, rows[tiered], forward_batch.seq_lens[tiered], is_compressed[tiered], ring_slot[tiered]
+            )
+            if tiered.numel()
+            else None
+        )
+
+    def _tiered_step(
+        self,
+        in_batch: torch.Tensor,
+        rows: torch.Tensor,
+        seq_lens: torch.Tensor,
+        is_compressed: torch.Tensor,
+        ring_slot: torch.Tensor,
+    ) -> TieredStep:
+        """All arguments: [A], one element per request that stock attention does not serve alone."""
+        recorded = (ring_slot >= 0).nonzero().flatten()
+        return TieredStep(
+            in_batch=in_batch,
+            compressed=is_compressed.nonzero().flatten(),
+            dense=self._join_dense(rows.tolist(), seq_lens.tolist()),
+            lists=self._join_lists(tuple(rows.tolist())),
             recorded=recorded,
-            ring_slot=ring_slot[in_batch].long(),
-            ring_index=(seq_lens[in_batch] - 1) % self.hardkv_cfg.options.query_window,
+            ring_slot=ring_slot[recorded].long(),
+            ring_index=(seq_lens[recorded] - 1) % self.hardkv_cfg.options.query_window,
         )
 
     @property
@@ -103,9 +116,10 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
     def _attention_dtype(self) -> torch.dtype:
         return torch.promote_types(self.token_to_kv_pool.k_storage.dtype, torch.float32)
 
-    def _join_dense(self, requests: list[tuple[int, int]]) -> RaggedRows:
-        req_to_token = self.req_to_token_pool.req_to_token
-        slots = [reference.dense_slots(req_to_token, self.hardkv_tables, row, seq_len) for row, seq_len in requests]
+    def _join_dense(self, rows: Sequence[int], seq_lens: Sequence[int]) -> RaggedRows:
+        tables, req_to_token = self.hardkv_tables, self.req_to_token_pool.req_to_token
+        requests = zip(rows, seq_lens, strict=True)
+        slots = [reference.dense_slots(req_to_token, tables, row, seq_len) for row, seq_len in requests]
         return join_dense(slots, self.hardkv_cfg.layout, self._group, self._attention_dtype)
 
     def _join_lists(self, rows: tuple[int, ...]) -> list[RaggedRows]:
