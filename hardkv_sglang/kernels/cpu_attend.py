@@ -58,6 +58,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: RaggedRows,
         # the operators below have no half precision
         k, v = (x.index_select(0, lists.rows).to(kind) for x in (k, v))
         lists = RaggedRows.of(lists.indptr.diff(), torch.arange(k.shape[0]), k.shape[0], kind)
+    lists.logits2.values().zero_()  # `beta` 0 keeps a NaN of the call before
     torch.sparse.sampled_addmm(
         lists.logits2, q.to(kind), k.t(), beta=0.0, alpha=scale * math.log2(math.e), out=lists.logits2
     )

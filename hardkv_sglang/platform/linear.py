@@ -1,7 +1,7 @@
 """Linear layers of a CPU server by oneDNN.
 
 A decode step has as many rows as requests. PyTorch gives float32 layers to MKL, which takes longer for 2 or 3 rows than
-for 4, and always longer than oneDNN: docs/performance.md has the times.
+for 4, and for up to 12 longer than oneDNN: docs/performance.md has the times.
 """
 
 from __future__ import annotations

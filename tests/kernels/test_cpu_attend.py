@@ -73,6 +73,14 @@ def test_repeated_calls_have_the_same_bits(make_case) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, attend(q, *storage, lists, 0.125), strict=True))
 
 
+def test_a_query_of_nan_is_forgotten(make_case) -> None:
+    case = make_rows(make_case, 3, torch.float32)
+    lists = joined(case, [3, 4], 3, torch.float32)[1][1]
+    storage = case.k.view(-1, 64), case.v.view(-1, 64)
+    attend(torch.full((12, 64), torch.nan), *storage, lists, 0.125)
+    assert all(x.isfinite().all() for x in attend(torch.randn(12, 64), *storage, lists, 0.125))
+
+
 def test_empty_lists(make_case) -> None:
     case = make_rows(make_case, 1, torch.float32)
     lists = joined(case, [1], 1, torch.float32)[1][0]
