@@ -140,11 +140,7 @@ class HardKVRuntime:
 
     def launch(self, batch: Any) -> list[SelectReport]:
         """Run what is planned, on the forward stream, before the batch's own forward."""
-        plans, self.pending = self.pending, []
-        with self.statistics.event_time():
-            reports = [report for plan in plans for report in self.executor.run(plan)]
-        for plan in plans:
-            self.backend.forget_lists(plan.rows)
+        reports = self._launch_events()
         if batch.forward_mode.is_extend():
             self.executor.reset(batch.req_pool_indices)
             self.backend.forget_lists(compat.row_of(req) for req in batch.reqs)
@@ -156,6 +152,16 @@ class HardKVRuntime:
             self.backend.set_prefix_groups(
                 self.prefixes.group(nodes, lambda: [compat.prefix_path(req) for req in batch.reqs])
             )
+        return reports
+
+    def _launch_events(self) -> list[SelectReport]:
+        plans, self.pending = self.pending, []
+        if not plans:
+            return []
+        with self.statistics.event_time():
+            reports = [report for plan in plans for report in self.executor.run(plan)]
+        for plan in plans:
+            self.backend.forget_lists(plan.rows)
         return reports
 
     def _hidden_tokens(self, req: Any) -> int:
