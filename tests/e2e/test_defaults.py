@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 
 import pytest
-from e2e.compressed import compressed, decode, fresh_rid, prompt_ids, report_of
+from e2e.compressed import FEWER_LAYERS, compressed, decode, fewer_layers, fresh_rid, prompt_ids, report_of
 
 from hardkv_sglang.server_process import ServerProcess as Server
 
 DEFAULTS = compressed({}, **{"max-total-tokens": 4096})
+pytestmark = fewer_layers
 
 
 def seconds(server: Server, seed: int) -> float:
@@ -36,7 +37,7 @@ def used_tokens(log: str) -> list[int]:
 
 
 def test_default_options_hold_less_than_half(server_for: Callable[..., Server]) -> None:
-    server = server_for(DEFAULTS)
+    server = server_for({**DEFAULTS, **FEWER_LAYERS})
     rid, num_tokens = fresh_rid(), 3100
     before = len(used_tokens(server.log_text()))
     decode(server, prompt_ids(40, seed=10), num_tokens, rid=rid)

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-import torch
 from e2e.compressed import (
-    EXACT,
     FIRST_EVENT,
-    LOGPROB_TOLERANCE,
     SHORT,
     SHORT_INTERVALS,
     STOCK,
     STRICT,
     compressed,
     decode,
-    fresh_rid,
     hardkv_state,
     output_logprobs,
     page_ceil,
-    prefill_logprobs,
     prompt_ids,
-    report_of,
+    whole_model,
 )
 
 from hardkv_sglang.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
+pytestmark = whole_model
 
 
 @pytest.mark.parametrize("prompt_len", [1, 31, 32, 33, 300])
@@ -58,39 +53,6 @@ def test_opted_out_request_is_identical(server_for: ServerFor) -> None:
     ours = decode(server_for(SHORT, STRICT), prompt, 160, sampling=dense)
     assert ours["output_ids"] == stock["output_ids"]
     assert output_logprobs(ours) == output_logprobs(stock)
-
-
-def prefill_differences(server: Server, prompt: list[int], reply: Any) -> list[float]:
-    """How far the log-probability of each generated token is from that of the server's own prefill."""
-    dense = prefill_logprobs(server, prompt + reply["output_ids"], len(prompt))
-    return [abs(a - b) for a, b in zip(output_logprobs(reply), dense, strict=True)]
-
-
-def test_p_one_equals_dense(server_for: ServerFor) -> None:
-    server, rid, prompt = server_for(EXACT, STRICT), fresh_rid(), prompt_ids(45, seed=4)
-    reply = decode(server, prompt, 420, rid=rid)
-    report = report_of(server, rid)
-    assert report["select_events"] >= 3
-    assert report["condense_events"] >= 2
-    assert report["kept_p10"] == report["kept_max"]
-    allowed = LOGPROB_TOLERANCE
-    if torch.cuda.is_available():
-        # 16 bits: stock's decode and prefill differ as well, and every tier adds a rounding
-        stock = server_for(STOCK, STRICT)
-        allowed = 1.5 * max(prefill_differences(stock, prompt, decode(stock, prompt, 420)))
-    assert max(prefill_differences(server, prompt, reply)) <= allowed
-
-
-def test_overlap_on_and_off_agree(server_for: ServerFor) -> None:
-    prompt = prompt_ids(70, seed=5)
-    serial = compressed(SHORT_INTERVALS, **{"disable-overlap-schedule": True})
-    overlapped, normal = server_for(SHORT, STRICT), server_for(serial, STRICT)
-    rid = fresh_rid()
-    first, second = decode(overlapped, prompt, 300, rid=rid), decode(normal, prompt, 300, rid=rid)
-    assert first["output_ids"] == second["output_ids"]
-    assert output_logprobs(first) == output_logprobs(second)
-    assert report_of(overlapped, rid) == report_of(normal, rid)
-    assert report_of(normal, rid)["condense_events"] >= 2
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,12 +12,23 @@ from typing import Any
 
 import openai
 import pytest
-from e2e.compressed import SHORT, SHORT_INTERVALS, STRICT, hardkv_state, prompt_ids
-from e2e.server import DEVICE_FLAGS
+from e2e.compressed import (
+    SHORT,
+    SHORT_INTERVALS,
+    STRICT,
+    decode,
+    fresh_rid,
+    hardkv_state,
+    prompt_ids,
+    report_of,
+    whole_model,
+)
+from e2e.server import DEFAULT_ENV, DEVICE_FLAGS
 
 from hardkv_sglang.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
+pytestmark = whole_model
 MESSAGES: list[Any] = [{"role": "user", "content": "Count from one to one hundred, in words."}]
 LONG: dict[str, Any] = {"model": "default", "temperature": 0, "extra_body": {"ignore_eos": True}}
 
@@ -49,6 +61,18 @@ def test_parallel_samples_and_logprobs(server: Server) -> None:
         assert len(choice.logprobs.token_logprobs) == 150
 
 
+def test_stop_string(server: Server) -> None:
+    prompt, rid = prompt_ids(40, seed=61), fresh_rid()
+    text = decode(server, prompt, 220)["text"]
+    # ten characters that come up late, after events
+    stop = next(text[i : i + 10] for i in range(len(text) // 2, len(text)) if text.find(text[i : i + 10]) == i)
+    server.flush_cache()  # a cached prompt is rounded differently, and the text may be another
+    reply = decode(server, prompt, 400, rid=rid, sampling={"stop": [stop]})
+    assert reply["meta_info"]["finish_reason"]["type"] == "stop"
+    assert report_of(server, rid)["select_events"] >= 1
+    server.check_idle()
+
+
 FRONTEND_PROGRAM = """
 import json, sys
 import sglang as sgl
@@ -69,7 +93,7 @@ print("RESULT" + json.dumps([state["first"], state.text()]))
 
 
 def test_frontend_program_with_fork(server: Server) -> None:
-    output = run_python(FRONTEND_PROGRAM, server.url)
+    output = run_python("-c", FRONTEND_PROGRAM, server.url)
     first, text = json.loads(output.split("RESULT")[1])
     assert first in text
     assert "Option" not in first
@@ -98,7 +122,7 @@ def test_engine_equals_server(server: Server, demo_model: Path, tmp_path: Path) 
     script.write_text(ENGINE_PROGRAM)
     device = {name.replace("-", "_"): value for name, value in DEVICE_FLAGS.items()}
     words = [str(demo_model), *(json.dumps(x) for x in (SHORT_INTERVALS, prompt, device))]
-    output = run_script(script, *words)
+    output = run_python(str(script), *words)
     ids, condense_events = json.loads(output.split("RESULT")[1])
     assert condense_events >= 1
     sampling = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
@@ -126,15 +150,11 @@ def test_malformed_override_is_refused_and_the_server_lives(server: Server, valu
     server.check_idle()
 
 
-def run_python(program: str, *args: str) -> str:
+def run_python(*arguments: str) -> str:
+    """Output of a client program, with as many threads as the servers have."""
     done = subprocess.run(
-        [sys.executable, "-c", program, *args], capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
-def run_script(path: Path, *args: str) -> str:
-    done = subprocess.run([sys.executable, str(path), *args], capture_output=True, text=True, timeout=600, check=False)
+        [sys.executable, *arguments],
+        env={**os.environ, **DEFAULT_ENV}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from e2e.compressed import (
+    FAST,
+    FEWER_LAYERS,
     POOL_TOKENS,
-    SHORT,
     STOCK,
     STRICT,
     decode,
+    fewer_layers,
     fresh_rid,
     hardkv_state,
     prompt_ids,
@@ -21,10 +23,12 @@ from e2e.compressed import (
 from hardkv_sglang.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
+pytestmark = fewer_layers
+FAST_STOCK = {**STOCK, **FEWER_LAYERS}
 
 
 def test_eight_requests_fit_a_pool_that_dense_overflows(server_for: ServerFor) -> None:
-    num_tokens, server = 440, server_for(SHORT, STRICT)
+    num_tokens, server = 440, server_for(FAST, STRICT)
     server.flush_cache()
     prompts = [prompt_ids(40, seed=20 + i) for i in range(8)]
     assert sum(len(p) + num_tokens for p in prompts) > 1.4 * POOL_TOKENS
@@ -38,7 +42,7 @@ def test_eight_requests_fit_a_pool_that_dense_overflows(server_for: ServerFor) -
 
 
 def test_same_load_makes_stock_wait_or_retract(server_for: ServerFor) -> None:
-    num_tokens, server = 440, server_for(STOCK, STRICT)
+    num_tokens, server = 440, server_for(FAST_STOCK, STRICT)
     server.flush_cache()
     prompts = [prompt_ids(40, seed=20 + i) for i in range(8)]
     before = len(server.log_text())
@@ -51,7 +55,7 @@ def test_same_load_makes_stock_wait_or_retract(server_for: ServerFor) -> None:
 
 def test_freed_pages_are_counted_to_the_page(server_for: ServerFor) -> None:
     # strict mode compares, at every step, owned pages with sum(ceil(n / page)) over (layer, head) of the tables
-    server, rid = server_for(SHORT, STRICT), fresh_rid()
+    server, rid = server_for(FAST, STRICT), fresh_rid()
     before = hardkv_state(server)
     decode(server, prompt_ids(40, seed=30), 400, rid=rid)
     after, report = hardkv_state(server), report_of(server, rid)

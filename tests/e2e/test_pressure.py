@@ -14,6 +14,7 @@ from e2e.compressed import (
     STRICT,
     compressed,
     decode,
+    fewer_layers,
     hardkv_state,
     prompt_ids,
 )
@@ -21,6 +22,7 @@ from e2e.compressed import (
 from hardkv_sglang.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
+pytestmark = fewer_layers
 NO_TREE = compressed(SHORT_INTERVALS, **FEWER_LAYERS, **{"disable-radix-cache": True})
 
 

@@ -10,19 +10,20 @@ from typing import Any
 
 import pytest
 import requests
-from e2e.compressed import LOG_INTERVAL, PAGE, SHORT, STRICT, decode, hardkv_state, page_ceil, prompt_ids
+from e2e.compressed import FAST, LOG_INTERVAL, PAGE, STRICT, decode, fewer_layers, hardkv_state, page_ceil, prompt_ids
 from prometheus_client.parser import text_string_to_metric_families
 
 from hardkv_sglang.metrics import COUNTERS, GAUGES
 from hardkv_sglang.server_process import ServerProcess as Server
 
+pytestmark = fewer_layers
 PROMPT = 40
 NEW_TOKENS = 240
 
 
 @pytest.fixture
 def server(server_for: Callable[..., Server]) -> Server:
-    return server_for(SHORT, STRICT)
+    return server_for(FAST, STRICT)
 
 
 def scrape(server: Server) -> dict[str, list[tuple[dict[str, str], float]]]:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from e2e.compressed import (
     LOGPROB_TOLERANCE,
     PAGE,
     SHORT,
-    SHORT_INTERVALS,
     STOCK,
     STRICT,
-    compressed,
     decode,
     fresh_rid,
-    hardkv_state,
     output_logprobs,
     page_ceil,
     prefill_logprobs,
     prompt_ids,
     report_of,
+    whole_model,
 )
 
 from hardkv_sglang.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
+pytestmark = whole_model
 SAMPLING = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
 
 
@@ -77,27 +74,4 @@ def test_chunked_prefill(server_for: ServerFor) -> None:
     ours, stock = decode(server, prompt, 250, rid=rid), decode(server_for(STOCK, STRICT), prompt, 60)
     assert ours["output_ids"][:60] == stock["output_ids"]
     assert report_of(server, rid)["condense_events"] >= 1
-    server.check_idle()
-
-
-def test_a_prefix_of_several_running_requests_is_read_once(server_for: ServerFor) -> None:
-    # on a GPU, that is; without one the same groups are found, and attended request by request
-    server = server_for(compressed({**SHORT_INTERVALS, "min_shared_tokens": 2 * 96}), STRICT)
-    system = prompt_ids(100, seed=48)
-    prompts = [system + prompt_ids(10 + i, seed=49 + i) for i in range(3)]
-    server.flush_cache()
-    with ThreadPoolExecutor(1) as executor:
-        # prefilled together, so that the first decode step is launched before the tree has the prompt
-        future = executor.submit(server.generate, input_ids=prompts, sampling_params=SAMPLING, return_logprob=True)
-        seen = []
-        while not future.done():
-            seen.append(hardkv_state(server)["shared_prefixes"])
-            time.sleep(0.05)
-    assert [{"tokens": 96, "requests": 3}] in seen
-    for prompt, reply in zip(prompts, future.result(), strict=True):
-        # dense until the first event
-        exact = PAGE + 1
-        ids = prompt + reply["output_ids"][:exact]
-        reference = prefill_logprobs(server_for(STOCK, STRICT), ids, len(prompt))
-        assert output_logprobs(reply)[:exact] == pytest.approx(reference, abs=LOGPROB_TOLERANCE)
     server.check_idle()

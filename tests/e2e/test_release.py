@@ -11,13 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from e2e.compressed import FEWER_LAYERS, SHORT, STRICT, decode, fresh_rid, hardkv_state, prompt_ids, report_of
+from e2e.compressed import FAST, STRICT, decode, fewer_layers, fresh_rid, hardkv_state, prompt_ids
 
 from hardkv_sglang.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
+pytestmark = fewer_layers
 RETRACTING = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
-FAST = {**SHORT, **FEWER_LAYERS}
 
 
 def wait_for_events(server: Server, num_events: int) -> None:
@@ -29,25 +29,13 @@ def wait_for_events(server: Server, num_events: int) -> None:
 
 
 def test_finish(server_for: ServerFor) -> None:
-    server = server_for(SHORT, STRICT)
+    server = server_for(FAST, STRICT)
     decode(server, prompt_ids(40, seed=60), 200)
     server.check_idle()
 
 
-def test_stop_string(server_for: ServerFor) -> None:
-    server, prompt, rid = server_for(SHORT, STRICT), prompt_ids(40, seed=61), fresh_rid()
-    text = decode(server, prompt, 220)["text"]
-    words = [word for word in text[len(text) // 2 :].split() if len(word) > 3 and text.count(word) == 1]
-    stop = words[-1] if words else text[-12:-6]
-    server.flush_cache()  # a cached prompt is rounded differently, and the text may be another
-    reply = decode(server, prompt, 400, rid=rid, sampling={"stop": [stop]})
-    assert reply["meta_info"]["finish_reason"]["type"] == "stop"
-    assert report_of(server, rid)["select_events"] >= 1
-    server.check_idle()
-
-
 def test_abort_between_events(server_for: ServerFor) -> None:
-    server, rid = server_for(SHORT, STRICT), fresh_rid()
+    server, rid = server_for(FAST, STRICT), fresh_rid()
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(decode, server, prompt_ids(40, seed=62), 1500, rid=rid)
         wait_for_events(server, 4)
@@ -57,7 +45,7 @@ def test_abort_between_events(server_for: ServerFor) -> None:
 
 
 def test_disconnect(server_for: ServerFor) -> None:
-    server = server_for(SHORT, STRICT)
+    server = server_for(FAST, STRICT)
     stream: Any = server.client().completions.create(
         model="default", prompt=prompt_ids(40, seed=63), max_tokens=1500, stream=True,
         extra_body={"ignore_eos": True},
@@ -70,7 +58,7 @@ def test_disconnect(server_for: ServerFor) -> None:
 
 
 def test_flush_cache(server_for: ServerFor) -> None:
-    server, prompt = server_for(SHORT, STRICT), prompt_ids(64, seed=64)
+    server, prompt = server_for(FAST, STRICT), prompt_ids(64, seed=64)
     first = decode(server, prompt, 200)
     server.flush_cache()
     second = decode(server, prompt, 200)

@@ -9,18 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from e2e.compressed import POOL_TOKENS, STOCK, STRICT, whole_model
 from e2e.server import ServerPool
 
 from hardkv_sglang.server_process import ServerError
 from hardkv_sglang.server_process import ServerProcess as Server
 
+pytestmark = whole_model
 GREEDY = {"temperature": 0, "max_new_tokens": 16}
 MESSAGES: list[Any] = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 
 
 @pytest.fixture
 def server(server_for: Callable[..., Server]) -> Server:
-    return server_for()
+    return server_for(STOCK, STRICT)
 
 
 def fresh_prompt(num_tokens: int) -> list[int]:
@@ -63,14 +65,14 @@ def test_flush_empties_the_radix_cache(server: Server) -> None:
 
 def test_abort_leaks_nothing(server: Server) -> None:
     rid = uuid.uuid4().hex
-    endless = {"temperature": 0, "max_new_tokens": 4000, "ignore_eos": True}
+    endless = {"temperature": 0, "max_new_tokens": 2000, "ignore_eos": True}
     with ThreadPoolExecutor(1) as executor:
         reply = executor.submit(server.generate, input_ids=fresh_prompt(50), sampling_params=endless, rid=rid)
         wait_until_running(server)
         server.abort(rid)
         meta = reply.result()["meta_info"]
     assert meta["finish_reason"]["type"] == "abort"
-    assert meta["completion_tokens"] < 4000
+    assert meta["completion_tokens"] < 2000
     server.check_idle()
 
 
@@ -85,7 +87,7 @@ def test_disconnect_leaks_nothing(server: Server) -> None:
     stream: Any = server.client().chat.completions.create(
         model="default",
         messages=MESSAGES,
-        max_tokens=4000,
+        max_tokens=2000,
         stream=True,
         extra_body={"ignore_eos": True},
     )
@@ -97,12 +99,12 @@ def test_disconnect_leaks_nothing(server: Server) -> None:
 def test_server_info_reports_the_flags(server: Server) -> None:
     info = server.server_info()
     assert info["attention_backend"] == "torch_native"
-    assert (info["page_size"], info["max_total_num_tokens"]) == (32, 8192)
+    assert (info["page_size"], info["max_total_num_tokens"]) == (32, POOL_TOKENS)
     assert info["disable_overlap_schedule"] is False
 
 
 def test_same_flags_share_one_server(server_for: Callable[..., Server]) -> None:
-    assert server_for() is server_for({}, {})
+    assert server_for(STOCK, STRICT) is server_for(dict(STOCK), dict(STRICT))
 
 
 def test_bad_flag_fails_with_the_log(server_pool: ServerPool) -> None:
