@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from e2e.server import DEFAULT_ENV
 
 from bench.serving.__main__ import main
 from bench.serving.presets import SMOKE
@@ -13,7 +14,11 @@ from bench.serving.presets import SMOKE
 
 @pytest.mark.e2e
 @pytest.mark.cpu
-def test_smoke_preset(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smoke_preset(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in DEFAULT_ENV.items():
+        monkeypatch.setenv(name, value)
     work, pictures = tmp_path / "work", tmp_path / "img"
     words = ["--preset", "smoke", "--work", str(work), "--results", str(tmp_path), "--pictures", str(pictures)]
     assert main(words) == 0
