@@ -65,7 +65,7 @@ def test_stop_string(server: Server) -> None:
     prompt, rid = prompt_ids(40, seed=61), fresh_rid()
     text = decode(server, prompt, 220)["text"]
     # ten characters that come up late, after events
-    stop = next(text[i : i + 10] for i in range(len(text) // 2, len(text)) if text.find(text[i : i + 10]) == i)
+    stop = next(text[i : i + 10] for i in range(len(text) // 2, len(text) - 10) if text.find(text[i : i + 10]) == i)
     server.flush_cache()  # a cached prompt is rounded differently, and the text may be another
     reply = decode(server, prompt, 400, rid=rid, sampling={"stop": [stop]})
     assert reply["meta_info"]["finish_reason"]["type"] == "stop"
