@@ -25,7 +25,6 @@ from hardkv_sglang.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
 pytestmark = whole_model
-SAMPLING = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
 
 
 def test_shared_system_prompt_hits_the_cache(server_for: ServerFor) -> None:
