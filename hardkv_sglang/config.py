@@ -1,4 +1,4 @@
-"""What a user may set; `resolved_config.py` has what it becomes with model and pool known."""
+"""What a user may set; `memory_pool/resolved_config.py` has what it becomes with model and pool known."""
 
 from __future__ import annotations
 

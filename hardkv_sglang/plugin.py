@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from hardkv_sglang import arguments
+from hardkv_sglang.engine import arguments
 
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
@@ -68,8 +68,8 @@ def before_scheduler_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwa
     options = arguments.attached_options(server_args)
     if options is None:
         return
-    from hardkv_sglang.hooks import RUNTIME_HOOKS, install
-    from hardkv_sglang.runtime import HardKVRuntime
+    from hardkv_sglang.engine.assembly import Attachment
+    from hardkv_sglang.engine.hooks import RUNTIME_HOOKS, install
 
     arguments.refuse_unsupported(server_args)
-    install(RUNTIME_HOOKS, HardKVRuntime(options))
+    install(RUNTIME_HOOKS, Attachment(options))

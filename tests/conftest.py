@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from hardkv_sglang.demo_model import demo_model_path
+from hardkv_sglang.cli.demo_model import demo_model_path
 
 if TYPE_CHECKING:
     from e2e.server import ServerPool
 
-    from hardkv_sglang.server_process import ServerProcess as Server
+    from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 EMPTY: Mapping[str, str] = {}
 

@@ -20,7 +20,7 @@ from bench.fidelity.needle import plant
 from bench.fidelity.report import Destination, write_report
 from bench.fidelity.tasks import Text, result_path
 from bench.fidelity.worker import Job, is_wanted, start_workers
-from hardkv_sglang.demo_model import cache_directory, demo_model_path
+from hardkv_sglang.cli.demo_model import cache_directory, demo_model_path
 
 NEEDLE_FILLERS = ("novel", "python")
 QUICK_DOCUMENTS = (DOCUMENTS[1], DOCUMENTS[4])

@@ -20,7 +20,7 @@ from bench.fidelity.__main__ import load_texts
 from bench.fidelity.attention import DenseCache
 from bench.fidelity.documents import DOCUMENTS
 from bench.fidelity.model import BlockModel, ModelShape
-from hardkv_sglang.demo_model import demo_model_path
+from hardkv_sglang.cli.demo_model import demo_model_path
 
 OBSERVED, FOLLOWING, RECENT = 32, 256, 128
 Rule = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]

@@ -15,15 +15,15 @@ from bench.fidelity.attention import DenseCache, block_attention
 from bench.fidelity.model import BlockModel, ModelShape
 from bench.fidelity.pool import ROW, PagePool
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.events import EventExecutor, SettledCounts
+from hardkv_sglang.events.executor import EventExecutor, SettledCounts
 from hardkv_sglang.kernels.reference import State, dense_slots, ragged_rows
-from hardkv_sglang.lifecycle import LifecyclePlanner
+from hardkv_sglang.lifecycle.planner import LifecyclePlanner
+from hardkv_sglang.lifecycle.request_state import RequestState
+from hardkv_sglang.lifecycle.step_plan import StepPlan
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
-from hardkv_sglang.request_state import RequestState
-from hardkv_sglang.resolved_config import ResolvedConfig
-from hardkv_sglang.step_plan import StepPlan
 
 PAGE_SIZE = 32
 

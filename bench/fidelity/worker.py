@@ -13,7 +13,7 @@ from bench.fidelity.configurations import Configuration
 from bench.fidelity.model import BlockModel
 from bench.fidelity.scores import Reference
 from bench.fidelity.tasks import Text, result_path, run_task, write_result
-from hardkv_sglang import scoring
+from hardkv_sglang.events import scoring
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from inputs import Inputs, Shape, build
 from report import write_report
 from timing import copy_bandwidth, event_times, percentiles
 
-from hardkv_sglang.events import EventExecutor
+from hardkv_sglang.events.executor import EventExecutor
+from hardkv_sglang.events.scoring import TorchScorer
+from hardkv_sglang.lifecycle.step_plan import SelectOp
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
-from hardkv_sglang.policies import make_policy
-from hardkv_sglang.scoring import TorchScorer
-from hardkv_sglang.step_plan import SelectOp
+from hardkv_sglang.selection.policies import make_policy
 
 SPAN, RECENT = 512, 128
 SHAPES = [
@@ -85,7 +85,9 @@ def measure(shape: Shape) -> dict[str, Any]:
         "score": lambda: executor.scorer.score(op),
         "score_torch": lambda: TorchScorer(executor.reader).score(op),
         "choose": lambda: executor.policy.choose(scored),
-        "publish": lambda: executor.publish(executor.memory.tables, op, selection.keep, selection.temperature),
+        "publish": lambda: executor.operations.publish(
+            executor.memory.tables, op, selection.keep, selection.temperature
+        ),
         "event": lambda: executor._select(op),
     }
     row: dict[str, Any] = {"shape": shape.name, "kept_mean": round(float(selection.keep.sum(1).float().mean()), 1)}

@@ -27,10 +27,10 @@ from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
 from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
+from hardkv_sglang.lifecycle.prefix_groups import PrefixGroup
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
-from hardkv_sglang.prefix_groups import PrefixGroup
-from hardkv_sglang.resolved_config import ResolvedConfig
 
 L, HQ, H, D, PAGE = 8, 32, 8, 128, 32
 SCALE = D**-0.5

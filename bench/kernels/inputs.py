@@ -8,8 +8,8 @@ import torch
 
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.memory_pool.layout import PoolLayout, head_pages_needed
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
-from hardkv_sglang.resolved_config import ResolvedConfig
 
 SHORTEST, LONGEST = 40, 3800  # tokens, as measured on real text (architecture.md section 2)
 

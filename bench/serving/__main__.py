@@ -26,9 +26,9 @@ from bench.serving.models import layer_flags, prepare_model
 from bench.serving.presets import PRESETS, Preset
 from bench.serving.report import write_report
 from bench.serving.runner import Runner, TimeLimitError
+from hardkv_sglang.cli.demo_model import DemoModelError, cache_directory
+from hardkv_sglang.cli.server_process import ServerError
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.demo_model import DemoModelError, cache_directory
-from hardkv_sglang.server_process import ServerError
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("sglang", "torch", "triton", "flashinfer-python", "transformers", "hardkv-sglang")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.serving.cells import Cell
-from hardkv_sglang.server_process import die_with_parent
+from hardkv_sglang.cli.server_process import die_with_parent
 
 FIGURES = {
     "seconds": "duration",

@@ -23,7 +23,7 @@ from typing import Any
 from bench.machine import environment
 from bench.serving.dummy_models import SHAPES, write_model
 from bench.serving.step_trace import StepTrace, profile_steps
-from hardkv_sglang.server_process import ServerProcess
+from hardkv_sglang.cli.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("sglang", "torch", "triton", "flashinfer-python", "hardkv-sglang")

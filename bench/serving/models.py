@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.serving.dummy_models import SHAPES, write_model, write_tokenizer
 from bench.serving.presets import DEMO_MODEL
-from hardkv_sglang.demo_model import demo_model_path
+from hardkv_sglang.cli.demo_model import demo_model_path
 
 
 def prepare_model(name: str, folder: Path) -> tuple[Path, dict[str, Any]]:

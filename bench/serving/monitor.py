@@ -9,7 +9,7 @@ from datetime import datetime
 from statistics import mean
 from typing import Any
 
-from hardkv_sglang.server_process import ServerProcess
+from hardkv_sglang.cli.server_process import ServerProcess
 
 DECODE_LINE = re.compile(
     r"^\[(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^\]]*\] Decode batch.*?#running-req: (?P<running>\d+), "

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.serving.systems import HARDKV, NAMES, STOCK_SAME_FLAGS
 from bench.serving.workloads import RandomPrompts, SharedPrefix, Workload
-from hardkv_sglang.server_process import Flags
+from hardkv_sglang.cli.server_process import Flags
 
 DEMO_MODEL = "demo"
 

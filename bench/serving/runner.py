@@ -14,7 +14,7 @@ from typing import Any
 from bench.serving.cells import Cell
 from bench.serving.client import Client
 from bench.serving.monitor import parse_samples, read_counters, summarise_counters, summarise_log
-from hardkv_sglang.server_process import ServerProcess
+from hardkv_sglang.cli.server_process import ServerProcess
 
 WARMUP_REQUESTS = 2
 WARMUP_PROMPT = 64  # tokens

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hardkv_sglang.server_process import ServerProcess
+from hardkv_sglang.cli.server_process import ServerProcess
 
 WAIT_S = 120.0
 GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hardkv_sglang.server_process import Flags
+from hardkv_sglang.cli.server_process import Flags
 
 STOCK = "stock"
 STOCK_SAME_FLAGS = "stock-same-flags"

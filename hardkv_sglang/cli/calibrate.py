@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from hardkv_sglang.config import HardKVConfig
-    from hardkv_sglang.policies.base import Policy
-    from hardkv_sglang.priors import Priors
+    from hardkv_sglang.selection.policies.base import Policy
+    from hardkv_sglang.selection.priors import Priors
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -135,7 +135,7 @@ class EventRecorder:
         """query: [HQ, N, D], key: [H, N, D] of the next layer, after RoPE."""
         import torch
 
-        from hardkv_sglang.policies import make_policy
+        from hardkv_sglang.selection.policies import make_policy
 
         policy = make_policy(self.options, page_size=1)
         selections = [self._select(policy, query, key, scale, seq_len) for seq_len in self.events]
@@ -146,7 +146,7 @@ class EventRecorder:
     def _select(self, policy: Policy, query: torch.Tensor, key: torch.Tensor, scale: float, seq_len: int) -> Any:
         import torch
 
-        from hardkv_sglang.selection import Candidates
+        from hardkv_sglang.selection.top_p import Candidates
 
         window, end = self.options.query_window, seq_len - self.options.recent_tokens
         H, _, D = key.shape
@@ -170,8 +170,8 @@ class EventRecorder:
         """What goes into the file."""
         import torch
 
-        from hardkv_sglang.calibration import prior_temperature
-        from hardkv_sglang.priors import SCORE_OPTIONS, Priors, model_base_name
+        from hardkv_sglang.selection.calibration import prior_temperature
+        from hardkv_sglang.selection.priors import SCORE_OPTIONS, Priors, model_base_name
 
         given = self.options.to_dict()
         found = prior_temperature(

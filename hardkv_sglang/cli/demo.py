@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hardkv_sglang.server_process import ServerProcess
+    from hardkv_sglang.cli.server_process import ServerProcess
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from hardkv_sglang.demo_model import DemoModelError, demo_model_path
-    from hardkv_sglang.server_process import ServerError, ServerProcess
+    from hardkv_sglang.cli.demo_model import DemoModelError, demo_model_path
+    from hardkv_sglang.cli.server_process import ServerError, ServerProcess
 
     console = Console(highlight=False)
     try:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hardkv_sglang.demo_model import DemoModelError, demo_model_path
+from hardkv_sglang.cli.demo_model import DemoModelError, demo_model_path
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hardkv_sglang.importance import Importance
-from hardkv_sglang.selection import Lists
+from hardkv_sglang.selection.importance import Importance
+from hardkv_sglang.selection.top_p import Lists
 
 SEGMENT = 512  # candidates of one program that sums
 

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hardkv_sglang.lifecycle.step_plan import SelectOp
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
-from hardkv_sglang.step_plan import SelectOp
 
 
 @dataclass(frozen=True)

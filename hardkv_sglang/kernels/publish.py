@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hardkv_sglang.lifecycle.step_plan import SelectOp
 from hardkv_sglang.memory_pool.tables import DeviceTables
-from hardkv_sglang.step_plan import SelectOp
 
 
 # positions and bounds differ from event to event: specialising on them would compile in the middle of serving

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hardkv_sglang.lifecycle.step_plan import SelectOp
 from hardkv_sglang.memory_pool.tables import DeviceTables
-from hardkv_sglang.step_plan import SelectOp
 
 
 def publish(tables: DeviceTables, op: SelectOp, keep: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

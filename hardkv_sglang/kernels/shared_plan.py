@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from hardkv_sglang.lifecycle.prefix_groups import PrefixGroup
 from hardkv_sglang.memory_pool.layout import PoolLayout
-from hardkv_sglang.prefix_groups import PrefixGroup
 
 SPLIT_ALIGN = 64
 MIN_SPLIT = 256

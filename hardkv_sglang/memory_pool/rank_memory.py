@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
-from hardkv_sglang.resolved_config import ResolvedConfig
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Per-request device tables: what decode attention and the events read, indexed by `req_pool_idx`.
 
-Every table is written on the forward stream only, by `events.py` (tiers, temperatures) and by the decode
+Every table is written on the forward stream only, by `events/executor.py` (tiers, temperatures) and by the decode
 backend (observation rings). Row 0 pads CUDA-graph batches: its lists stay empty.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from hardkv_sglang.resolved_config import ResolvedConfig
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 
 
 @dataclass(frozen=True)

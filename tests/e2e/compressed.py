@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hardkv_sglang.cli.main import main
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 # one worker has the servers of the whole model, another those of fewer layers: none is started by both
 whole_model = pytest.mark.xdist_group("whole model")

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-from hardkv_sglang.server_process import Flags, ServerError, ServerProcess
+from hardkv_sglang.cli.server_process import Flags, ServerError, ServerProcess
 
 # with a GPU as in production: CUDA graphs and FlashInfer, which takes 16-bit types only
 DEVICE_FLAGS: Flags = (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from e2e.compressed import FEWER_LAYERS, compressed, decode, fewer_layers, fresh_rid, prompt_ids, report_of
 
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 DEFAULTS = compressed({}, **{"max-total-tokens": 4096})
 pytestmark = fewer_layers

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from e2e.compressed import LOGPROB_TOLERANCE, SHORT, STOCK, STRICT, evaluate, whole_model
 
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
 pytestmark = whole_model

@@ -20,7 +20,7 @@ from e2e.compressed import (
     whole_model,
 )
 
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
 pytestmark = whole_model

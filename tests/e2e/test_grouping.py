@@ -21,7 +21,7 @@ from e2e.compressed import (
     prompt_ids,
 )
 
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 pytestmark = fewer_layers
 GROUPING = compressed({**SHORT_INTERVALS, "min_shared_tokens": 2 * 96}, **FEWER_LAYERS)

@@ -25,7 +25,7 @@ from e2e.compressed import (
 )
 from e2e.server import DEFAULT_ENV, DEVICE_FLAGS
 
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
 pytestmark = whole_model

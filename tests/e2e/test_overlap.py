@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from e2e.compressed import FAST, STRICT, decode, fewer_layers, fresh_rid, output_logprobs, prompt_ids, report_of
 
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 pytestmark = fewer_layers
 SERIAL = {**FAST, "disable-overlap-schedule": True}

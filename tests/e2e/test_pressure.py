@@ -19,7 +19,7 @@ from e2e.compressed import (
     prompt_ids,
 )
 
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
 pytestmark = fewer_layers

@@ -13,8 +13,8 @@ import requests
 from e2e.compressed import FAST, LOG_INTERVAL, PAGE, STRICT, decode, fewer_layers, hardkv_state, page_ceil, prompt_ids
 from prometheus_client.parser import text_string_to_metric_families
 
-from hardkv_sglang.metrics import COUNTERS, GAUGES
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
+from hardkv_sglang.observability.metrics import COUNTERS, GAUGES
 
 pytestmark = fewer_layers
 Samples = dict[str, list[tuple[dict[str, str], float]]]

@@ -13,7 +13,7 @@ from typing import Any
 
 from e2e.compressed import FAST, STRICT, decode, fewer_layers, fresh_rid, hardkv_state, prompt_ids
 
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
 pytestmark = fewer_layers

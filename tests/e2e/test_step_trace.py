@@ -11,7 +11,7 @@ import pytest
 from e2e.compressed import STOCK, compressed, decode, hardkv_state, prompt_ids
 
 from bench.serving.step_trace import StepTrace, profile_steps
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 STEPS, REQUESTS = 80, 4
 # with these options queries are recorded from position 320 on, which the trace covers, and the first event comes at 576

@@ -12,8 +12,8 @@ import pytest
 from e2e.compressed import POOL_TOKENS, STOCK, STRICT, whole_model
 from e2e.server import ServerPool
 
-from hardkv_sglang.server_process import ServerError
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerError
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 pytestmark = whole_model
 GREEDY = {"temperature": 0, "max_new_tokens": 16}

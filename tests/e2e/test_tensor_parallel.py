@@ -13,7 +13,7 @@ import pytest
 import torch
 from e2e.compressed import SHORT_INTERVALS, STRICT, compressed, decode, fresh_rid, hardkv_state, prompt_ids, report_of
 
-from hardkv_sglang.server_process import ServerProcess as Server
+from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
 TWO_LAYERS = {"json-model-override-args": '{"num_hidden_layers": 2}'}

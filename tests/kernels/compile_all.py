@@ -27,11 +27,11 @@ from hardkv_sglang.kernels.publish import publish
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
+from hardkv_sglang.lifecycle.step_plan import SelectOp
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
-from hardkv_sglang.resolved_config import ResolvedConfig
-from hardkv_sglang.step_plan import SelectOp
 
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 TYPES = {

@@ -15,8 +15,8 @@ import torch
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.memory_pool.layout import PoolLayout, head_pages_needed
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
-from hardkv_sglang.resolved_config import ResolvedConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hardkv_sglang.kernels.bound import PASS, bound_counts
-from hardkv_sglang.selection import bound_counts as defined
+from hardkv_sglang.selection.top_p import bound_counts as defined
 
 SIZES = [0, 1, 31, 32, 33, 257, 700]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from hardkv_sglang.importance import measure_importance
 from hardkv_sglang.kernels.importance import SEGMENT, PooledLists, measure_pooled
-from hardkv_sglang.selection import Candidates
+from hardkv_sglang.selection.importance import measure_importance
+from hardkv_sglang.selection.top_p import Candidates
 
 SCALE2 = 0.125 * math.log2(math.e)
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # numpy has no bfloat16 dot

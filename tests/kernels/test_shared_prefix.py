@@ -13,10 +13,10 @@ from hardkv_sglang.kernels import EMPTY_LSE2, reference
 from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.shared_plan import MIN_SPLIT, SPLIT_ALIGN, SharedPrefixWorkspace, SharedTuning, cut_groups
 from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
+from hardkv_sglang.lifecycle.prefix_groups import PrefixGroup
 from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
-from hardkv_sglang.prefix_groups import PrefixGroup
-from hardkv_sglang.resolved_config import ResolvedConfig
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # numpy has no bfloat16 dot

@@ -1,0 +1,252 @@
+"""Every place where the runtime enters SGLang, as one table; installed all or nothing, then verified.
+
+Hook functions take the attachment first, then the arguments of their kind: BEFORE `(*args)`, AFTER
+`(result, *args)`, AROUND `(original, *args)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pkgutil import resolve_name
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+from hardkv_sglang.engine import compat
+from hardkv_sglang.engine.assembly import Attachment
+from hardkv_sglang.engine.overrides import override_error
+from hardkv_sglang.engine.refusals.models import refused_model
+
+SOURCE = HookSource("hardkv", "hardkv-sglang")
+
+
+class HookError(RuntimeError):
+    """A hook is missing or shadowed: serving would silently run dense or corrupt KV."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One patched host function."""
+
+    target: str
+    kind: HookType
+    function: Callable[..., Any]
+    why: str
+
+
+def before_build_mha_kv_pool(hardkv: Attachment, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """_build_mha_kv_pool(self, *, max_total_num_tokens, mha_pool_class, quant_method): builds our pool class."""
+    from hardkv_sglang.memory_pool.pool import HeadPagedTokenToKVPool
+
+    return args, {**kwargs, "mha_pool_class": HeadPagedTokenToKVPool}
+
+
+def after_init_attention_backends(hardkv: Attachment, _result: None, model_runner: Any) -> None:
+    """init_attention_backends(self): the pool exists, CUDA graphs do not yet."""
+    problems = refused_model(model_runner)
+    if problems:
+        raise ValueError("--kv-compression hardkv does not support this model:\n  " + "\n  ".join(problems))
+    hardkv.attach(model_runner)
+
+
+def before_init_req_max_new_tokens(hardkv: Attachment, _scheduler: Any, req: Any) -> None:
+    """init_req_max_new_tokens(self, req): runs once per incoming request, before it is queued."""
+    problem = override_error(compat.custom_params(req))
+    if problem is not None and not req.finished():
+        req.set_finish_with_abort(problem)
+
+
+def before_prepare_for_decode(hardkv: Attachment, batch: Any) -> None:
+    """prepare_for_decode(self): retraction is decided, and the batch is launched in this iteration."""
+    hardkv.runtime.plan_decode(batch)
+
+
+def around_forward_batch_generation(
+    hardkv: Attachment, original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """forward_batch_generation(self, batch, ...): we are on the forward stream, before the step's metadata."""
+    reports = hardkv.runtime.launch(batch) if batch is not None else []
+    result = original(worker, batch, *args, **kwargs)
+    result.hardkv_reports = reports
+    return result
+
+
+def after_process_batch_result(hardkv: Attachment, _returned: None, _scheduler: Any, _batch: Any, result: Any) -> None:
+    """process_batch_result(self, batch, result): the step's device-to-host copies have been waited for."""
+    hardkv.runtime.settle(getattr(result, "hardkv_reports", []))
+
+
+def before_release_kv_cache(hardkv: Attachment, req: Any, tree_cache: Any, *_args: Any, **_kwargs: Any) -> None:
+    """release_kv_cache(req, tree_cache, is_insert): finish, abort and retraction all end here."""
+    hardkv.runtime.release(req, tree_cache)
+
+
+def around_maybe_cache_unfinished_req(
+    hardkv: Attachment, original: Callable[..., Any], req: Any, tree_cache: Any, **kwargs: Any
+) -> None:
+    """maybe_cache_unfinished_req(req, tree_cache): a retracted request re-prefills its own output; the tree must
+    not own that part, or it could never be compressed again."""
+    compat.cache_prompt_only(original, req, tree_cache, **kwargs)
+
+
+def around_add_one_req(
+    hardkv: Attachment, original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """add_one_req(self, req, ...): admits by the forecast footprint of all requests instead of by maximal lengths."""
+    room = compat.room_for(adder, req)
+    if not hardkv.runtime.admission.fits(room, adder.running_batch.reqs, adder.can_run_list, req):
+        return compat.no_token()
+    with compat.prefill_only_admission(adder, req):
+        return original(adder, req, *args, **kwargs)
+
+
+def after_get_total_uncached_sizes(hardkv: Attachment, sizes: tuple[int, int], checker: Any) -> tuple[int, int]:
+    """_get_total_uncached_sizes(self): strict mode compares lengths with the pool; compressed requests hold less."""
+    reqs = compat.active_requests(checker.get_last_batch(), checker.get_running_batch())
+    return sizes[0] - hardkv.runtime.uncached_tokens(reqs), sizes[1]
+
+
+def after_self_check_during_busy(hardkv: Attachment, _result: None, checker: Any) -> None:
+    """self_check_during_busy(self): strict mode only."""
+    if checker.get_last_batch() is not None:
+        reqs = compat.active_requests(checker.get_last_batch(), checker.get_running_batch())
+        hardkv.runtime.check_integrity(reqs, checker.tree_cache)
+
+
+def after_check_req_pool(hardkv: Attachment, _result: None, checker: Any) -> None:
+    """_check_req_pool(self): SGLang's own leak check of an idle server just passed."""
+    hardkv.runtime.check_idle(checker.tree_cache)
+
+
+def after_get_internal_state(hardkv: Attachment, output: Any, _scheduler: Any, _request: Any) -> Any:
+    """get_internal_state(self, recv_req): adds our block to /server_info."""
+    output.internal_state["hardkv"] = hardkv.runtime.describe()
+    return output
+
+
+def after_init_metrics_collector(
+    hardkv: Attachment, _result: None, scheduler: Any, *_args: Any, **_kwargs: Any
+) -> None:
+    """init_metrics_collector(self, tp_rank, pp_rank, dp_rank): SGLang has its own series and their labels."""
+    labels = compat.metric_labels(scheduler)
+    if labels is not None:
+        hardkv.runtime.start_metrics(labels)
+
+
+def after_log_stats(hardkv: Attachment, _result: None, _collector: Any, _stats: Any) -> None:
+    """log_stats(self, stats): SGLang updates its own series, at every log line and when the server gets idle."""
+    hardkv.runtime.publish_metrics()
+
+
+def after_get_decode_usage_msg_parts(hardkv: Attachment, parts: list[str], _stats: Any) -> list[str]:
+    """get_decode_usage_msg_parts(self): the pool's part of the decode log line."""
+    return [*parts, f"kv kept: {100 * hardkv.runtime.occupancy().kept_ratio:.1f} %"]
+
+
+RUNTIME_HOOKS = (
+    Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
+        HookType.BEFORE, before_build_mha_kv_pool, "head pages need one storage over all layers",
+    ),
+    Hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends",
+        HookType.AFTER, after_init_attention_backends, "tables and decode attention",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
+        HookType.BEFORE, before_init_req_max_new_tokens, "refuse a malformed per-request override",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode",
+        HookType.BEFORE, before_prepare_for_decode, "plan events, move pages",
+    ),
+    Hook(
+        "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+        HookType.AROUND, around_forward_batch_generation, "run events on the forward stream",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        HookType.AFTER, after_process_batch_result, "read the counts of finished events",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.common.release_kv_cache",
+        HookType.BEFORE, before_release_kv_cache, "free condensed pages, keep the tree exact",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.common.maybe_cache_unfinished_req",
+        HookType.AROUND, around_maybe_cache_unfinished_req, "retracted requests stay compressible",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+        HookType.AROUND, around_add_one_req, "admit by footprint",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes",
+        HookType.AFTER, after_get_total_uncached_sizes, "keep SGLang's strict memory check exact",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker.self_check_during_busy",
+        HookType.AFTER, after_self_check_during_busy, "page ownership in strict mode",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._check_req_pool",
+        HookType.AFTER, after_check_req_pool, "page ownership at idle",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        HookType.AFTER, after_get_internal_state, "counters in /server_info",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.init_metrics_collector",
+        HookType.AFTER, after_init_metrics_collector, "series on /metrics",
+    ),
+    Hook(
+        "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats",
+        HookType.AFTER, after_log_stats, "update the series when SGLang updates its own",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
+        HookType.AFTER, after_get_decode_usage_msg_parts, "kept share in the decode log line",
+    ),
+)  # fmt: skip
+
+
+def install(hooks: tuple[Hook, ...], hardkv: Attachment) -> None:
+    """Bind the hooks to an attachment, patch SGLang and verify every target.
+
+    Raises `HookError` if a target does not exist, was patched before, or does not end up calling our function.
+    """
+    missing = [hook.target for hook in hooks if not _exists(hook.target)]
+    if missing:
+        raise HookError(f"this SGLang has no {', '.join(missing)}; HARD-KV is pinned to sglang==0.5.17")
+    taken = [hook.target for hook in hooks if hook.target in HookRegistry._patched]
+    if taken:
+        raise HookError(f"another plugin already patched {', '.join(taken)}; disable it with SGLANG_PLUGINS=hardkv")
+    bound = [(hook.target, partial(hook.function, hardkv), hook.kind) for hook in hooks]
+    for target, function, kind in bound:
+        HookRegistry.register(target, function, kind, source=SOURCE)
+    HookRegistry.apply_hooks()
+    shadowed = [target for target, function, _ in bound if not is_called(target, function)]
+    if shadowed:
+        raise HookError(f"hooks were not applied or are shadowed: {', '.join(shadowed)}; see the log above")
+
+
+def is_called(target: str, function: Callable[..., Any]) -> bool:
+    """Whether the host function `target` reaches `function` through its chain of wrappers."""
+    wrapper = resolve_name(target)
+    while wrapper is not None:
+        cells = getattr(wrapper, "__closure__", None) or ()
+        if any(cell.cell_contents is function for cell in cells):
+            return True
+        wrapper = getattr(wrapper, "__wrapped__", None)
+    return False
+
+
+def _exists(target: str) -> bool:
+    try:
+        resolve_name(target)
+    except (ImportError, AttributeError):
+        return False
+    return True

@@ -1,0 +1,94 @@
+"""What a select event scores, read from the tables and the pool: candidates, and how recent queries attended them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hardkv_sglang.lifecycle.step_plan import SelectOp
+from hardkv_sglang.memory_pool.rank_memory import RankMemory
+from hardkv_sglang.selection.policies.base import Policy
+from hardkv_sglang.selection.top_p import Candidates
+
+
+class CandidateReader:
+    """Builds `Candidates` for a policy. Writes nothing and never synchronises."""
+
+    def __init__(self, memory: RankMemory, policy: Policy) -> None:
+        self.memory = memory
+        self.policy = policy
+
+    def exist(self, rows: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        """`Lists.valid` of lists with these rows and padding."""
+        return torch.arange(rows.shape[1], device=rows.device)[None, :] >= padding.view(-1, 1)
+
+    def candidates(self, op: SelectOp, layers: slice) -> Candidates:
+        """Candidates of these layers' lists: condensed tokens, right-aligned, then the sparse span."""
+        padding = self.padding(op, layers)
+        rows = self.rows(op, layers, padding)
+        keys = self.memory.k_rows[rows]
+        queries, lse2 = self.queries(op, layers)
+        B, G, Q, D = queries.shape
+        queries2 = queries.float().view(B, G * Q, D) * self.scale2
+        logits2 = queries2 @ keys.float().transpose(1, 2)
+        return Candidates(
+            logits2=logits2.view(B, G, Q, -1),
+            lse2=lse2,
+            attended=self.attended(op, layers),
+            valid=self.exist(rows, padding),
+            query_valid=torch.ones(Q, dtype=torch.bool, device=rows.device),
+            keys=keys if self.policy.needs_keys else None,
+            values=self.memory.v_rows[rows] if self.policy.needs_values else None,
+        )
+
+    def padding(self, op: SelectOp, layers: slice) -> torch.Tensor:
+        """Entries before the first condensed token of each list, [l, H] int64."""
+        return op.condensed_list_bound - self.memory.tables.num_condensed[layers, op.row].long()
+
+    @property
+    def scale2(self) -> float:
+        """Softmax scale for logits of base 2."""
+        return self.memory.cfg.softmax_scale * math.log2(math.e)
+
+    def queries(self, op: SelectOp, layers: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Observation queries [B, G, Q, D] and their base-2 LSE [B, G, Q], both contiguous."""
+        cfg, tables = self.memory.cfg, self.memory.tables
+        H, G = cfg.layout.num_kv_heads, cfg.group_size
+        positions = torch.arange(op.first_query, op.seq_len, device=tables.query_ring.device)
+        index = positions % cfg.options.query_window
+        queries = tables.query_ring[layers, op.ring_slot][:, index]  # [l, Q, HQ, D]
+        Q, D = queries.shape[1], queries.shape[-1]
+        queries = queries.view(-1, Q, H, G, D).permute(0, 2, 3, 1, 4).contiguous().view(-1, G, Q, D)
+        lse2 = tables.lse2_ring[layers, op.ring_slot][:, index].view(-1, Q, H, G)
+        return queries, lse2.permute(0, 2, 3, 1).contiguous().view(-1, G, Q)
+
+    def rows(self, op: SelectOp, layers: slice, padding: torch.Tensor) -> torch.Tensor:
+        """Storage rows of the candidates, [B, N] int64; arbitrary but valid where padded."""
+        layout, tables = self.memory.layout, self.memory.tables
+        device = self.memory.req_to_token.device
+        layer_ids = torch.arange(layout.num_layers, device=device)[layers]
+        index = (torch.arange(op.condensed_list_bound, device=device) - padding[..., None]).clamp(min=0)
+        rows = layout.condensed_rows(
+            tables.condensed_pages[op.row],
+            tables.first_page[layers, op.row][..., None].expand_as(index),
+            index,
+        )
+        slots = self.memory.req_to_token[op.row, op.condensed_end : op.recent_start].long()
+        heads = torch.arange(layout.num_kv_heads, device=device)
+        span = (layer_ids[:, None, None] * layout.num_slots + slots) * layout.num_kv_heads + heads[None, :, None]
+        return torch.cat((rows, span), -1).flatten(0, 1)
+
+    def attended(self, op: SelectOp, layers: slice) -> torch.Tensor:
+        """Candidates that the observed queries attended, [B, N] bool; padding counts as attended."""
+        tables = self.memory.tables
+        old_span = op.old_recent_start - op.condensed_end
+        num_sparse = tables.num_sparse[layers, op.row].flatten()
+        kept = (tables.sparse_positions[layers, op.row].flatten(0, 1).long() - op.condensed_end)[:, :old_span]
+        listed = torch.arange(kept.shape[1], device=kept.device)[None, :] < num_sparse[:, None]
+        # one spare column takes what is outside the lists
+        old = torch.zeros((kept.shape[0], old_span + 1), dtype=torch.bool, device=kept.device)
+        old.scatter_(1, torch.where(listed, kept, old_span), True)
+        condensed = old.new_ones((kept.shape[0], op.condensed_list_bound))
+        recent = old.new_ones((kept.shape[0], op.recent_start - op.old_recent_start))
+        return torch.cat((condensed, old[:, :old_span], recent), 1)

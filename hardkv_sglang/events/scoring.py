@@ -1,0 +1,81 @@
+"""Scores of a select event: in torch, or in the pool by kernels that keep no logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from hardkv_sglang.events.candidates import CandidateReader
+from hardkv_sglang.lifecycle.step_plan import SelectOp
+from hardkv_sglang.selection.top_p import Scored
+
+MAX_ELEMENTS_PER_CHUNK = 1 << 26  # of the largest tensor while scoring: layers are scored together up to that size
+
+
+@dataclass(frozen=True)
+class Scorer(ABC):
+    """Scores every list of a request, some layers at a time."""
+
+    reader: CandidateReader
+
+    @abstractmethod
+    def score_layers(self, op: SelectOp, layers: slice) -> Scored:
+        """Score the lists of some layers."""
+
+    @abstractmethod
+    def elements_per_token(self) -> int:
+        """Size of a layer's largest temporary tensor per candidate position."""
+
+    def score(self, op: SelectOp) -> Scored:
+        """Score all lists, in the order of the tables: layer, then KV head. No sync."""
+        num_layers = self.reader.memory.layout.num_layers
+        num_tokens = op.condensed_list_bound + op.recent_start - op.condensed_end
+        step = max(1, MAX_ELEMENTS_PER_CHUNK // max(1, num_tokens * self.elements_per_token()))
+        chunks = [slice(first, min(first + step, num_layers)) for first in range(0, num_layers, step)]
+        return Scored.join([self.score_layers(op, layers) for layers in chunks])
+
+
+class TorchScorer(Scorer):
+    """The definition: attention logits of all observation queries in memory."""
+
+    def elements_per_token(self) -> int:
+        """Logits."""
+        return self.reader.memory.cfg.num_q_heads * self.reader.memory.cfg.options.query_window
+
+    def score_layers(self, op: SelectOp, layers: slice) -> Scored:
+        """See `Scorer.score_layers`."""
+        return self.reader.policy.score(self.reader.candidates(op, layers))
+
+
+class PooledScorer(Scorer):
+    """The same for policies that reduce attention by its mean, on a GPU; equal up to rounding."""
+
+    def elements_per_token(self) -> int:
+        """Keys, where the policy reads them, or storage rows."""
+        layout, policy = self.reader.memory.layout, self.reader.policy
+        return layout.num_kv_heads * (layout.head_dim if policy.needs_keys else 1)
+
+    def score_layers(self, op: SelectOp, layers: slice) -> Scored:
+        """See `Scorer.score_layers`."""
+        from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
+        from hardkv_sglang.kernels.list_candidates import list_candidates
+
+        reader, memory = self.reader, self.reader.memory
+        found = list_candidates(memory, op, layers)
+        lists = PooledLists(
+            valid=found.valid,
+            keys=memory.k_rows[found.rows] if reader.policy.needs_keys else None,
+            k_rows=memory.k_rows,
+            v_rows=memory.v_rows,
+            rows=found.rows,
+            padding=found.padding,
+        )
+        queries, lse2 = (x.flatten(1, 2) for x in reader.queries(op, layers))
+        importance = measure_pooled(lists, found.attended, queries, lse2, reader.scale2)
+        return reader.policy.rate(importance, lists)
+
+
+def make_scorer(reader: CandidateReader) -> Scorer:
+    """The fastest scorer for the policy and the device of the pool."""
+    in_pool = reader.memory.is_on_gpu and reader.policy.reductions == ("mean", "mean")
+    return PooledScorer(reader) if in_pool else TorchScorer(reader)

@@ -1,0 +1,1 @@
+"""When tokens move from tier to tier: decided on the host, from counts alone."""

@@ -1,0 +1,111 @@
+"""When events of a request are due, and what they can give back: pure functions of its state and length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import ceil
+
+from hardkv_sglang.lifecycle.request_state import RequestState, View
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
+
+COUNT_DELAY = 2  # steps until a select event's counts are on the host, with or without the overlap scheduler
+
+
+class EventSchedule:
+    """The intervals of the options, in whole pages, and the rules that keep events from running for nothing.
+
+    seq_len: tokens of the request with KV written or in flight.
+    """
+
+    def __init__(self, cfg: ResolvedConfig) -> None:
+        self.cfg = cfg
+        options, layout = cfg.options, cfg.layout
+        self.recent_tokens = options.recent_tokens
+        self.query_window = options.query_window
+        self.select_span = layout.page_ceil(options.select_interval)
+        self.condense_span = layout.page_ceil(options.condense_interval)
+
+    def due(self, views: Iterable[View]) -> list[View]:
+        """Requests with an event that is due, the longest waiting first.
+
+        Condense events come before select events: they give pages back, and requests that started together get
+        them one by one instead of after all the others' select events.
+        """
+        overdue = [(self.overdue(state, seq_len), (state, seq_len)) for state, seq_len in views]
+        waiting = [(not self.condense_is_due(*view), -tokens, view) for tokens, view in overdue if tokens >= 0]
+        return [view for *_, view in sorted(waiting, key=lambda entry: entry[:2])]
+
+    def overdue(self, state: RequestState, seq_len: int) -> int:
+        """Tokens since the next event of this request was due; negative when none is."""
+        if self.condense_is_due(state, seq_len):
+            return seq_len - state.selected_at
+        return seq_len - self.next_select(state) if self.select_is_due(state, seq_len) else -1
+
+    def event_budget(self, num_requests: int) -> int:
+        """Requests that may have an event in one step.
+
+        Half as many again as the steady state needs: requests that started together then spread out by themselves,
+        instead of making one step in every interval wait for all their events.
+        """
+        per_token = 1 / self.select_span + 1 / self.condense_span
+        return min(self.cfg.options.max_events_per_step, ceil(1.5 * num_requests * per_token))
+
+    def next_select(self, state: RequestState) -> int:
+        """Length at which the next select event is due."""
+        return state.recent_start + self.select_span + self.recent_tokens
+
+    def select_target(self, state: RequestState, seq_len: int) -> int:
+        """End of the sparse tier after a select event of now."""
+        aged = self.cfg.layout.page_floor(seq_len - self.recent_tokens)
+        return min(aged, state.condensed_end + self.cfg.max_sparse_span)
+
+    def select_is_due(self, state: RequestState, seq_len: int) -> bool:
+        """Whether a whole interval has left the recent window, and selecting can lead to something."""
+        target = self.select_target(state, seq_len)
+        has_room = target - state.recent_start >= self.select_span
+        return has_room and self.is_observed(state, seq_len) and self.may_drop(state, target)
+
+    def is_observed(self, state: RequestState, seq_len: int) -> bool:
+        """Whether enough queries are recorded for a select event."""
+        return state.ring_slot is not None and seq_len - state.observe_from >= self.query_window
+
+    def may_drop(self, state: RequestState, target: int) -> bool:
+        """Whether a select event up to `target` can drop anything: lists at their floor cannot shrink.
+
+        Once the sparse tier is full, waiting helps no more, unless no list can ever outgrow its floor.
+        """
+        if self.cfg.options.min_freed_pages == 0:
+            return True
+        floor = self.cfg.min_kept_tokens
+        can_outgrow = floor < self.cfg.max_context_len
+        return target - state.prefix_end > floor or (can_outgrow and self._is_full(target - state.condensed_end))
+
+    def condense_is_due(self, state: RequestState, seq_len: int) -> bool:
+        """Whether the sparse tier is long enough, its survivors are known, and condensing does more than copy."""
+        is_long = state.sparse_span >= self.condense_span
+        return is_long and self.is_settled(state, seq_len) and self._is_worth_a_copy(state)
+
+    def is_settled(self, state: RequestState, seq_len: int) -> bool:
+        """Whether a condense event may run: the survivors are known."""
+        return state.survivor_pages is not None and seq_len >= state.selected_at + COUNT_DELAY
+
+    def condense_gain(self, state: RequestState) -> int:
+        """Token pages that a condense event of now gives back, less those that it takes. Survivors must be known."""
+        assert state.survivor_pages is not None
+        return state.sparse_span // self.cfg.layout.page_size + state.num_condensed_pages - state.survivor_pages
+
+    def _is_worth_a_copy(self, state: RequestState) -> bool:
+        """A full sparse tier is condensed even if nothing is gained: only that makes room for later events."""
+        return self._is_full(state.sparse_span) or self.condense_gain(state) >= self.cfg.options.min_freed_pages
+
+    def _is_full(self, sparse_span: int) -> bool:
+        """Whether the tables have no room for another interval of sparse tokens."""
+        return sparse_span + self.select_span > self.cfg.max_sparse_span
+
+    def steps_to_condense(self, state: RequestState, seq_len: int) -> int:
+        """Decode steps until the next condense event that is on schedule."""
+        if state.sparse_span >= self.condense_span and (state.survivor_pages is None or self._is_worth_a_copy(state)):
+            return COUNT_DELAY
+        missing = max(1, ceil((self.condense_span - state.sparse_span) / self.select_span))
+        selected_at = state.recent_start + missing * self.select_span + self.recent_tokens
+        return max(selected_at, state.observe_from + self.query_window) - seq_len + COUNT_DELAY

@@ -1,0 +1,1 @@
+"""What a running server tells: counters, occupancy, Prometheus series."""

@@ -1,0 +1,1 @@
+"""What is kept: pure torch, no device table and nothing of SGLang."""

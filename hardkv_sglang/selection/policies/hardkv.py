@@ -1,0 +1,124 @@
+"""HARD-KV: keep the smallest set of candidates that carries the share `top_p`, per KV head or over all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.selection.calibration import (
+    Calibration,
+    calibrate,
+    calibrated_mass,
+    log2_scores,
+    reuse,
+    uncalibrated,
+)
+from hardkv_sglang.selection.importance import (
+    METRICS,
+    Metric,
+    across_distributions,
+)
+from hardkv_sglang.selection.policies.base import Policy
+from hardkv_sglang.selection.policies.uniform import UniformPolicy
+from hardkv_sglang.selection.top_p import (
+    BoundCounts,
+    Importance,
+    Lists,
+    Scored,
+    Selection,
+    ascending_order,
+    last_in_order,
+    mass_kept,
+    shared_top_p_set,
+    top_p_counts,
+    top_p_set,
+)
+
+
+def hardkv_policy(options: HardKVConfig, page_size: int, bound: BoundCounts) -> Policy:
+    """Top-p budgets, or its metric with one budget for all heads (`budget=uniform`)."""
+    if options.budget == "uniform":
+        return UniformPolicy(options, options.metric, bound)
+    return HardKVPolicy(options, page_size, bound)
+
+
+@dataclass(frozen=True)
+class HardKVPolicy(Policy):
+    """Calibrated Top-p (HARD-KV, arXiv 2606.28831), floor `min_tokens`, cap `max_tokens`.
+
+    Below p = 1 a list keeps the union over its distributions of each one's Top-p set, then fills its last head page:
+    that costs no memory. p = 1 chooses every candidate, and so does an event without a valid query, which knows
+    nothing. The cap bounds the tables, so it holds in both cases too.
+    """
+
+    options: HardKVConfig
+    page_size: int
+    bound: BoundCounts
+
+    @property
+    def metric(self) -> Metric:
+        """The configured importance metric."""
+        return METRICS[self.options.metric]
+
+    @property
+    def needs_keys(self) -> bool:
+        """See `Policy.needs_keys`."""
+        return self.metric.needs_keys
+
+    @property
+    def needs_values(self) -> bool:
+        """See `Policy.needs_values`."""
+        return self.metric.needs_values
+
+    @property
+    def reductions(self) -> tuple[str, str]:
+        """See `Policy.reductions`."""
+        return self.options.group_reduction, self.options.query_reduction
+
+    def rate(self, importance: Importance, lists: Lists) -> Scored:
+        """See `Policy.rate`."""
+        return Scored(self.metric.score(importance, lists, self.options), importance, lists.valid)
+
+    def choose(self, scored: Scored, temperature: torch.Tensor | None = None) -> Selection:
+        """See `Policy.choose`."""
+        options, valid, importance = self.options, scored.valid, scored.importance
+        chosen, calibration = self._choose(scored, temperature)
+        ranking = across_distributions(scored.scores, importance)
+        keep = self.bound(chosen, ranking, valid, options.min_tokens, options.max_tokens, self.page_size)
+        return Selection(keep, calibration.temperature, mass_kept(importance.mean, keep), calibration.infeasible)
+
+    def _choose(self, scored: Scored, temperature: torch.Tensor | None) -> tuple[torch.Tensor, Calibration]:
+        """The set before floor, cap and page filling, [B, N] bool, and the temperatures that gave it."""
+        valid, importance, top_p = scored.valid, scored.importance, self.options.top_p
+        if top_p == 1.0:
+            return valid, uncalibrated(valid)
+        mass, calibration = self._spread(scored, temperature)
+        if self.options.budget == "shared":
+            chosen = shared_top_p_set(mass[:, 0], valid, top_p)
+        else:
+            chosen = top_p_set(mass, scored.order, top_p).any(1)
+        if self.options.guarantee == "raw":
+            chosen |= top_p_set(importance.mean, ascending_order(importance.mean, valid), top_p)
+        return torch.where(importance.observed, chosen & valid, valid), calibration
+
+    def _spread(self, scored: Scored, temperature: torch.Tensor | None) -> tuple[torch.Tensor, Calibration]:
+        """The probabilities that Top-p acts on, [B, V, N], and the temperatures that gave them."""
+        options, attention, valid = self.options, scored.importance.distributions, scored.valid
+        if self.metric.unit == "probability":
+            return scored.scores, uncalibrated(valid)
+        if self.metric.unit == "energy":
+            total = scored.scores.sum((1, 2), keepdim=True)
+            if options.budget == "shared":
+                total = total.mean(0, keepdim=True)
+            return scored.scores / torch.where(total > 0, total, 1.0), uncalibrated(valid)
+        logits2, mass = log2_scores(scored.scores, valid), attention.sum(-1)
+        if options.calibration == "none":
+            calibration = uncalibrated(valid)
+        else:
+            by_attention = ascending_order(attention, valid[:, None, :])
+            target = last_in_order(scored.order, top_p_counts(attention, by_attention, options.top_p))
+            fresh = calibrate(logits2, mass, target, options.top_p, options.temperature_limit)
+            calibration = reuse(fresh, temperature)
+        return calibrated_mass(logits2, mass, calibration.temperature), calibration

@@ -1,0 +1,93 @@
+"""Our options travel through SGLang's own argument handling, in every way a user can give them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.engine import arguments
+from hardkv_sglang.plugin import build_server_args
+
+OPTIONS = {"top_p": 0.75, "max_tokens": 512}
+WANT = HardKVConfig(top_p=0.75, max_tokens=512)
+
+
+@pytest.fixture(autouse=True)
+def plugins() -> None:
+    load_plugins()
+
+
+@pytest.fixture
+def command(demo_model: Path) -> list[str]:
+    return ["--model-path", str(demo_model)]
+
+
+def test_command_line_reaches_server_args(command: list[str]) -> None:
+    args = prepare_server_args([*command, "--kv-compression", "hardkv", "--kv-compression-config", json.dumps(OPTIONS)])
+    assert arguments.attached_options(args) == WANT
+    assert (args.page_size, args.max_running_requests, args.device) == (32, 256, "cpu")
+
+
+def test_options_survive_the_way_to_the_scheduler(command: list[str]) -> None:
+    args = prepare_server_args([*command, "--kv-compression", "hardkv", "--kv-compression-config", json.dumps(OPTIONS)])
+    for copied in (pickle.loads(pickle.dumps(args)), copy.deepcopy(args)):
+        assert arguments.attached_options(copied) == WANT
+
+
+@pytest.mark.parametrize("nested", [OPTIONS, json.dumps(OPTIONS)], ids=["mapping", "text"])
+def test_yaml_file(command: list[str], tmp_path: Path, nested: Any) -> None:
+    file = tmp_path / "server.yaml"
+    # JSON is YAML
+    file.write_text(json.dumps({"kv-compression": "hardkv", "kv-compression-config": nested}))
+    assert arguments.attached_options(prepare_server_args([*command, "--config", str(file)])) == WANT
+
+
+def test_engine_arguments(demo_model: Path) -> None:
+    args = build_server_args(model_path=str(demo_model), kv_compression="hardkv", kv_compression_config=OPTIONS)
+    assert isinstance(args, ServerArgs)
+    assert arguments.attached_options(args) == WANT
+    assert args.page_size == 32
+
+
+def test_without_the_flag_nothing_is_attached_or_seeded(command: list[str]) -> None:
+    args = prepare_server_args(command)
+    assert arguments.attached_options(args) is None
+    assert args.max_running_requests is None
+    args.check_server_args()
+
+
+def test_refusals_come_with_the_launchers_check(command: list[str]) -> None:
+    args = prepare_server_args([*command, "--kv-compression", "hardkv", "--page-size", "1", "--enable-mixed-chunk"])
+    with pytest.raises(ValueError, match="--page-size") as error:
+        args.check_server_args()
+    assert "--enable-mixed-chunk" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "largest"),
+    [
+        ({}, 256),
+        ({"max_running_requests": 48}, 48),
+        ({"max_running_requests": 4096}, 512),
+        ({"cuda_graph_max_bs_decode": 8}, 8),
+    ],
+    ids=str,
+)
+def test_graphs_reach_the_batch_sizes_that_compression_reaches(given: dict[str, Any], largest: int) -> None:
+    arguments.seed_defaults(given, device_is_cuda=True)
+    assert given["cuda_graph_max_bs_decode"] == largest
+
+
+def test_graph_flags_are_sglangs(command: list[str]) -> None:
+    args = prepare_server_args([*command, "--kv-compression", "hardkv", "--cuda-graph-max-bs", "24"])
+    assert args.cuda_graph_max_bs_decode == 24
+    # without a GPU there are no graphs to capture
+    assert prepare_server_args([*command, "--kv-compression", "hardkv"]).cuda_graph_max_bs_decode is None

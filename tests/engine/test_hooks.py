@@ -1,0 +1,82 @@
+"""The hook table against the real SGLang: complete, inert when off, all or nothing, loud.
+
+Each case runs in a process of its own, because patches last as long as a process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PREAMBLE = """
+from pkgutil import resolve_name
+from types import SimpleNamespace
+import sglang.srt.managers.scheduler
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from hardkv_sglang.engine import arguments
+from hardkv_sglang.engine import hooks
+from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.engine.hooks import RUNTIME_HOOKS, Hook, HookError, install, is_called
+from hardkv_sglang.plugin import before_scheduler_init
+from hardkv_sglang.engine.assembly import Attachment
+
+def snapshot():
+    return {hook.target: resolve_name(hook.target) for hook in RUNTIME_HOOKS}
+
+def expect(error, call, *args):
+    try:
+        call(*args)
+    except error as caught:
+        return str(caught)
+    raise SystemExit(f"{error.__name__} was not raised")
+"""
+
+WITHOUT_AND_WITH_THE_FLAG = """
+before = snapshot()
+load_plugins()
+before_scheduler_init(None, SimpleNamespace())
+assert snapshot() == before, "off must mean untouched"
+assert not {h.target for h in RUNTIME_HOOKS} & set(HookRegistry._patched)
+
+gone = Hook("sglang.srt.mem_cache.common.no_such_function", HookType.BEFORE, lambda runtime: None, "")
+message = expect(HookError, install, (*RUNTIME_HOOKS, gone), Attachment(HardKVConfig()))
+assert "no_such_function" in message and "0.5.17" in message, message
+assert snapshot() == before, "a missing target must leave the others alone"
+
+install(RUNTIME_HOOKS, Attachment(HardKVConfig()))
+after = snapshot()
+assert all(before[t] is not after[t] for t in before)
+# names that other modules imported from the patched one are ours as well
+from sglang.srt.managers import schedule_batch
+assert schedule_batch.release_kv_cache is after["sglang.srt.mem_cache.common.release_kv_cache"]
+"""
+
+OTHER_PLUGINS = """
+target = RUNTIME_HOOKS[3].target
+HookRegistry.register(target, lambda *args: None, HookType.BEFORE)
+load_plugins()
+HookRegistry.apply_hooks()
+message = expect(HookError, install, RUNTIME_HOOKS, Attachment(HardKVConfig()))
+assert target in message and "SGLANG_PLUGINS" in message, message
+
+HookRegistry.reset()
+stock_apply = HookRegistry.apply_hooks.__func__
+def apply_then_shadow(cls):
+    stock_apply(cls)
+    owner, name = target.rsplit(".", 1)
+    setattr(resolve_name(owner), name, lambda *args: None)
+HookRegistry.apply_hooks = classmethod(apply_then_shadow)
+message = expect(HookError, install, RUNTIME_HOOKS, Attachment(HardKVConfig()))
+assert target in message and "shadowed" in message, message
+"""
+
+
+@pytest.mark.parametrize("case", [WITHOUT_AND_WITH_THE_FLAG, OTHER_PLUGINS], ids=["flag", "other plugins"])
+def test_hooks(case: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + case], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

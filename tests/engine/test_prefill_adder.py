@@ -1,0 +1,113 @@
+"""Admission through SGLang's own `PrefillAdder`, requests, allocator and caches, without a server.
+
+Runs in a process of its own, because patches and published arguments last as long as a process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+from array import array
+from types import SimpleNamespace
+import torch
+from sglang.srt.managers import schedule_policy
+from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.runtime_context import publish
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs
+from hardkv_sglang.engine.admission import Admission
+from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
+from hardkv_sglang.engine.hooks import around_add_one_req
+from hardkv_sglang.lifecycle.planner import LifecyclePlanner
+from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.engine.platform.allocator import TorchPagedAllocator
+from hardkv_sglang.lifecycle.relief import PressureRelief
+
+PAGE, TOKENS, MOST = 32, 6016, 3000
+has_tree = sys.argv[1] == "tree"
+publish(ServerArgs(model_path="dummy"), role="test")
+rows = ReqToTokenPool(size=64, max_context_len=8192, device="cpu", enable_memory_saver=False)
+allocator = TorchPagedAllocator(TOKENS, PAGE, torch.bfloat16, "cpu", None, False)
+cache = (RadixCache if has_tree else ChunkCache)(CacheInitParams(
+    disable=not has_tree, req_to_token_pool=rows, token_to_kv_pool_allocator=allocator, page_size=PAGE))
+planner = LifecyclePlanner(ResolvedConfig(
+    HardKVConfig(select_interval=512), PoolLayout(2, 2, 64, PAGE, TOKENS + PAGE), 4, 0.125, 65, 8192))
+states = {}
+hardkv = SimpleNamespace(runtime=SimpleNamespace(admission=Admission(planner, PressureRelief(planner), states)))
+
+def request(index, num_prompt=40, ignore_eos=True):
+    sampling = SamplingParams(max_new_tokens=MOST, ignore_eos=ignore_eos)
+    sampling.normalize(None)
+    req = Req(str(index), "", array("q", range(index * 100, index * 100 + num_prompt)), sampling)
+    req.init_next_round_input(cache)
+    return req
+
+def adder(running):
+    return PrefillAdder(PAGE, cache, allocator, SimpleNamespace(reqs=running), 0.7, 16384, 2048)
+
+def admit(add, batch, reqs):
+    for number, req in enumerate(reqs):
+        if add(batch, req) != AddReqResult.CONTINUE:
+            return number
+    return len(reqs)
+
+def stock(batch, req):
+    return PrefillAdder.add_one_req(batch, req, False, None)
+
+def ours(batch, req):
+    return around_add_one_req(hardkv, PrefillAdder.add_one_req, batch, req, False, None)
+
+requests = [request(i) for i in range(16)]
+few, many = admit(stock, adder([]), requests), admit(ours, adder([]), [request(i) for i in range(16, 32)])
+# dense they need 3040 tokens each; compressed 40 + 672 dense ones and at most 0.7 * 2400 condensed ones at the end
+assert few == 1, few
+assert many == 2, many
+for age in range(1, 6):
+    for _ in range(50):
+        planner.kept.add(age * 51, age * 512)
+batch = adder([])
+more = admit(ours, batch, [request(i) for i in range(32, 48)])
+assert more >= 5, more
+assert len(batch.can_run_list) == more
+
+# what we change for the length of a call is as it was
+assert schedule_policy.CLIP_MAX_NEW_TOKENS == 4096
+assert all(r.sampling_params.ignore_eos for r in batch.can_run_list)
+
+# requests that run are counted without SGLang's reservation for them, which stays for its other checks
+running = batch.can_run_list
+rows.alloc(running)
+for req in running:
+    slots = allocator.alloc(2 * PAGE)
+    req.kv_committed_len, req.kv = 40, ReqKvInfo(kv_allocated_len=40, swa_evicted_seqlen=0)
+    states[req.rid] = planner.admit(int(req.req_pool_idx), 40, 32, 40)
+batch = adder(running)
+reserved = batch.rem_total_token_offset
+assert reserved >= len(running) * MOST * 0.7
+assert ours(batch, request(50)) == AddReqResult.NO_TOKEN
+assert batch.rem_total_token_offset == reserved
+# all running requests have ended but one
+batch = adder(running[:1])
+assert ours(batch, request(51, ignore_eos=False)) == AddReqResult.CONTINUE
+assert batch.rem_total_token_offset < 2 * MOST
+print("ok", few, many, more)
+"""
+
+
+@pytest.mark.parametrize("cache", ["tree", "none"])
+def test_admission_by_footprint(cache: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, cache], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,106 @@
+"""Options: validation, sources, and the README table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hardkv_sglang.config import HardKVConfig, options_table
+from hardkv_sglang.engine import arguments
+from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_readme_lists_the_options() -> None:
+    assert options_table() in README.read_text()
+
+
+@pytest.mark.parametrize("f", fields(HardKVConfig), ids=lambda f: f.name)
+def test_every_option_is_checked(f: Any) -> None:
+    meta = f.metadata
+    bad: list[Any] = ["no such choice"] if meta["choices"] else [12, True]
+    if meta["low"] is not None:
+        bad = [meta["low"] - 1, meta["high"] + 1, "12", True]
+    for value in bad:
+        with pytest.raises(ValueError, match=f"^{f.name}="):
+            HardKVConfig(**{f.name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recent_tokens": 32, "query_window": 64, "select_interval": 64}, "recent_tokens=32 must be at least"),
+        ({"select_interval": 16}, "select_interval=16 must be at least"),
+        ({"min_tokens": 5000}, "min_tokens=5000 exceeds max_tokens"),
+        ({"pooling_width": 4}, "pooling_width=4 must be odd"),
+        ({"topp": 0.9}, "unknown option 'topp'; known: policy, metric"),
+    ],
+)
+def test_refused_combinations(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HardKVConfig.from_mapping(options)
+
+
+def test_sources_agree(tmp_path: Path) -> None:
+    options = {"top_p": 0.8, "max_tokens": None}
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps(options))
+    want = HardKVConfig(top_p=0.8, max_tokens=None)
+    assert (
+        HardKVConfig.parse(options) == HardKVConfig.parse(json.dumps(options)) == HardKVConfig.parse(str(file)) == want
+    )
+    assert HardKVConfig.from_mapping(want.to_dict()) == want
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.json", "neither a JSON object nor a readable file"),
+        ("{bad", "not valid JSON"),
+        ("{}[]", "not valid JSON"),
+    ],
+)
+def test_unreadable_sources(source: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HardKVConfig.parse(source)
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    arguments.add_arguments(parser)
+    assert "--kv-compression {none,hardkv}" in parser.format_help()
+    args = parser.parse_args(["--kv-compression", "hardkv", "--kv-compression-config", '{"top_p": 0.7}'])
+    options = arguments.resolve_options(args.kv_compression, args.kv_compression_config)
+    assert options == HardKVConfig(top_p=0.7)
+    assert arguments.resolve_options("none", None) is None
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kv-compression-config", '{"top_p": 7}'])
+    assert "top_p=7 is out of range: 0.01 .. 1 (probability)" in capsys.readouterr().err
+
+
+def test_config_without_the_flag_is_refused() -> None:
+    with pytest.raises(ValueError, match="no effect without --kv-compression hardkv"):
+        arguments.resolve_options("none", {"top_p": 0.7})
+
+
+def test_defaults_fill_only_what_is_open() -> None:
+    given = {"page_size": 64, "attention_backend": None, "max_running_requests": None}
+    arguments.seed_defaults(given, device_is_cuda=True)
+    seeded = {"attention_backend": "flashinfer", "max_running_requests": 256, "cuda_graph_max_bs_decode": 256}
+    assert given == {"page_size": 64, **seeded}
+
+
+def test_table_bounds() -> None:
+    layout = PoolLayout(num_layers=2, num_kv_heads=2, head_dim=64, page_size=32, num_slots=320)
+    capped = ResolvedConfig(HardKVConfig(max_tokens=1000), layout, 6, 0.125, 4, 8192)
+    assert (capped.max_condensed_tokens, capped.max_condensed_pages, capped.group_size) == (1024, 32, 3)
+    assert capped.max_sparse_span == 512 + 2 * 512
+    lifted = ResolvedConfig(HardKVConfig(max_tokens=None), layout, 6, 0.125, 4, 8190)
+    assert lifted.max_condensed_tokens == 8192
