@@ -1,13 +1,20 @@
-"""A page allocator that proves ownership, for tests of the planner."""
+"""A page allocator that proves ownership, and a planner over it, for tests of the lifecycle."""
 
 from __future__ import annotations
 
 import torch
 
+from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.memory_pool.integrity import check_ownership
+from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 
 PAGE = 32
+OPTIONS = HardKVConfig(
+    recent_tokens=32, query_window=16, select_interval=32, condense_interval=64, max_events_per_step=2, min_tokens=8
+)
 
 
 class PagePool:
@@ -53,3 +60,14 @@ class PagePool:
         for state in states:
             owners[f"condensed {state.row}"] = torch.tensor(state.condensed_slots or [], dtype=torch.int64)
         check_ownership(owners, num_pages)
+
+
+def make_planner(options: HardKVConfig = OPTIONS) -> LifecyclePlanner:
+    layout = PoolLayout(num_layers=2, num_kv_heads=2, head_dim=64, page_size=PAGE, num_slots=PAGE * 401)
+    return LifecyclePlanner(ResolvedConfig(options, layout, 4, 0.125, 64, 4096))
+
+
+def start(planner: LifecyclePlanner, pool: PagePool, row: int, prompt_len: int) -> RequestState:
+    for seq_len in range(1, prompt_len + 1):
+        assert pool.extend_row(row, seq_len)
+    return planner.admit(row, prompt_len, prompt_len // PAGE * PAGE, prompt_len)

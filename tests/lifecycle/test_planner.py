@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lifecycle.page_pool import PAGE, PagePool
+from lifecycle.page_pool import OPTIONS, PAGE, PagePool, make_planner, start
 
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
@@ -17,23 +17,6 @@ from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.lifecycle.schedule import COUNT_DELAY
 from hardkv_sglang.lifecycle.step_plan import EarlyEvents, ObserveOp
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
-from hardkv_sglang.memory_pool.layout import PoolLayout
-from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
-
-OPTIONS = HardKVConfig(
-    recent_tokens=32, query_window=16, select_interval=32, condense_interval=64, max_events_per_step=2, min_tokens=8
-)
-
-
-def make_planner(options: HardKVConfig = OPTIONS) -> LifecyclePlanner:
-    layout = PoolLayout(num_layers=2, num_kv_heads=2, head_dim=64, page_size=PAGE, num_slots=PAGE * 401)
-    return LifecyclePlanner(ResolvedConfig(options, layout, 4, 0.125, 64, 4096))
-
-
-def start(planner: LifecyclePlanner, pool: PagePool, row: int, prompt_len: int) -> RequestState:
-    for seq_len in range(1, prompt_len + 1):
-        assert pool.extend_row(row, seq_len)
-    return planner.admit(row, prompt_len, prompt_len // PAGE * PAGE, prompt_len)
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_lifecycle import PAGE, PagePool, make_planner, start
+from lifecycle.page_pool import PAGE, PagePool, make_planner, start
 
 from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.lifecycle.schedule import COUNT_DELAY
