@@ -126,10 +126,8 @@ def after_get_internal_state(hardkv: Attachment, output: Any, _scheduler: Any, _
     return output
 
 
-def after_init_metrics_collector(
-    hardkv: Attachment, _result: None, scheduler: Any, *_args: Any, **_kwargs: Any
-) -> None:
-    """init_metrics_collector(self, tp_rank, pp_rank, dp_rank): SGLang has its own series and their labels."""
+def after_init_model_worker(hardkv: Attachment, _result: None, scheduler: Any) -> None:
+    """init_model_worker(self): the runtime exists; SGLang has made its own series before."""
     labels = compat.metric_labels(scheduler)
     if labels is not None:
         hardkv.runtime.start_metrics(labels)
@@ -199,8 +197,8 @@ RUNTIME_HOOKS = (
         HookType.AFTER, after_get_internal_state, "counters in /server_info",
     ),
     Hook(
-        "sglang.srt.managers.scheduler.Scheduler.init_metrics_collector",
-        HookType.AFTER, after_init_metrics_collector, "series on /metrics",
+        "sglang.srt.managers.scheduler.Scheduler.init_model_worker",
+        HookType.AFTER, after_init_model_worker, "series on /metrics",
     ),
     Hook(
         "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats",
