@@ -8,6 +8,8 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from hardkv_sglang.generated import write_or_print
+
 SUPPORTED_PAGE_SIZES = (16, 32, 64)
 
 
@@ -189,7 +191,7 @@ class HardKVConfig:
 
 
 def describe_range(f: Field[Any]) -> str:
-    """Allowed values of an option, for messages and the README table."""
+    """Allowed values of an option, for messages and docs/options.md."""
     meta = f.metadata
     if meta["choices"]:
         return " | ".join(meta["choices"])
@@ -220,7 +222,7 @@ def _check_option(f: Field[Any], value: Any) -> None:
 
 
 def options_table() -> str:
-    """The options as a Markdown table, for the README."""
+    """The options as a Markdown table, for docs/options.md."""
     lines = ["| option | default | range | unit | meaning |", "|---|---|---|---|---|"]
     for f in fields(HardKVConfig):
         allowed = describe_range(f).replace(" | ", ", ")
@@ -231,4 +233,4 @@ def options_table() -> str:
 
 
 if __name__ == "__main__":
-    print(options_table())
+    write_or_print("options", options_table())

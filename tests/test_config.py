@@ -1,4 +1,4 @@
-"""Options: validation, sources, and the README table."""
+"""Options: validation, sources, and the table in docs/options.md."""
 
 from __future__ import annotations
 
@@ -12,14 +12,26 @@ import pytest
 
 from hardkv_sglang.config import HardKVConfig, options_table
 from hardkv_sglang.engine import arguments
+from hardkv_sglang.generated import insert_generated, write_or_print
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 
-README = Path(__file__).parents[1] / "README.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "options.md"
 
 
-def test_readme_lists_the_options() -> None:
-    assert options_table() in README.read_text()
+def test_document_lists_the_options() -> None:
+    assert insert_generated(DOCUMENT.read_text(), "options", options_table()) == DOCUMENT.read_text()
+
+
+def test_table_is_written_in_place(tmp_path: Path) -> None:
+    document = tmp_path / "options.md"
+    document.write_text("before\n<!-- options: by hand -->\nold\n<!-- options end -->\nafter\n")
+    write_or_print("options", options_table(), ["--write", str(document)])
+    assert document.read_text() == (
+        f"before\n<!-- options: by hand -->\n{options_table()}\n<!-- options end -->\nafter\n"
+    )
+    with pytest.raises(ValueError, match="expected one pair of markers"):
+        insert_generated("no markers", "options", options_table())
 
 
 @pytest.mark.parametrize("f", fields(HardKVConfig), ids=lambda f: f.name)

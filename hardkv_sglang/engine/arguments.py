@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_parse_config,
         default=None,
         metavar="JSON|FILE",
-        help="HARD-KV options as a JSON object or the path of a JSON file; see the README for names and ranges.",
+        help="HARD-KV options as a JSON object or the path of a JSON file; names and ranges: "
+        "`python -m hardkv_sglang.config`, or docs/options.md.",
     )
 
 

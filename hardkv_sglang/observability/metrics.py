@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
+from hardkv_sglang.generated import write_or_print
 from hardkv_sglang.observability.occupancy import Occupancy
 from hardkv_sglang.observability.statistics import Statistics
 
@@ -114,7 +115,7 @@ def help_text(series: Series) -> str:
 
 
 def metrics_table() -> str:
-    """The series as a Markdown table, for the README."""
+    """The series as a Markdown table, for docs/metrics.md."""
     lines = ["| series | type | unit | meaning |", "|---|---|---|---|"]
     for kind, table in (("counter", COUNTERS), ("gauge", GAUGES)):
         lines += [f"| `{s.name}` | {kind} | {s.unit} | {s.doc} |" for s in table]
@@ -122,4 +123,4 @@ def metrics_table() -> str:
 
 
 if __name__ == "__main__":
-    print(metrics_table())
+    write_or_print("metrics", metrics_table())

@@ -12,17 +12,18 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
+from hardkv_sglang.generated import insert_generated
 from hardkv_sglang.observability.metrics import COUNTERS, GAUGES, HardKVMetrics, help_text, metrics_table
 from hardkv_sglang.observability.occupancy import Occupancy
 from hardkv_sglang.observability.statistics import Statistics
 
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 LABELS = {"model_name": "m", "tp_rank": 0}
 UNIT_ENDINGS = {"token pages": "_pages", "tokens": "_tokens", "seconds": "_seconds", "ratio": "_ratio"}
 
 
-def test_readme_lists_the_series() -> None:
-    assert metrics_table() in README.read_text()
+def test_document_lists_the_series() -> None:
+    assert insert_generated(DOCUMENT.read_text(), "metrics", metrics_table()) == DOCUMENT.read_text()
 
 
 def test_names_follow_the_rules_of_prometheus() -> None:
