@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from hardkv_sglang.config import HardKVConfig
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -22,10 +26,15 @@ SOURCE = re.compile(r"[\w./-]+/[\w.-]+\.(?:py|md|json|yaml|yml|toml|png|patch)\b
 MAKE = re.compile(r"\bmake ([a-z][\w-]*)")
 MODULE = re.compile(r"python3? -m ((?:bench|hardkv_sglang)[\w.]*)")
 COMMAND = re.compile(r"(?:^|`| {4})hardkv ([a-z]+)", re.MULTILINE)
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]+")
+OPTIONS = re.compile(r"--(?:kv-compression-config|options|config) '(\{[^']*\})'")
 # history names files that are gone
 HISTORY = ("log.md", "CHANGELOG.md")
 # written by the commands beside which they stand, or by users
 WRITTEN = {"out.json", "report.json", "priors.json", "options.json", "file.yaml", "engine.py"}
+
+# of programs that are neither ours nor SGLang's server
+FOREIGN_FLAGS = {"--profile", "--no-deps"}
 
 
 def name_of(path: Path) -> str:
@@ -102,6 +111,24 @@ def missing_commands(text: str) -> list[str]:
     return sorted(name for name in set(COMMAND.findall(text)) if not (ROOT / f"hardkv_sglang/cli/{name}.py").exists())
 
 
+@cache
+def known_flags() -> set[str]:
+    """Flags of our programs, and of SGLang's server."""
+    package = importlib.util.find_spec("sglang")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    fields = (Path(package.submodule_search_locations[0]) / "srt" / "server_args.py").read_text()
+    ours = [file.read_text() for folder in ("hardkv_sglang", "bench") for file in (ROOT / folder).rglob("*.py")]
+    named = {flag for text in ours for flag in re.findall(r"\"(--[a-z][\w-]+)\"", text)}
+    derived = {f"--{field.replace('_', '-')}" for field in re.findall(r"^    (\w+): ", fields, re.MULTILINE)}
+    return named | derived | set(re.findall(r"(--[a-z][\w-]+)", fields)) | FOREIGN_FLAGS
+
+
+def unknown_flags(text: str) -> list[str]:
+    """Flags that the code of a text names and that no program here has."""
+    return sorted(set(FLAG.findall(code_of(text))) - known_flags())
+
+
 @pytest.mark.parametrize("document", [*DOCUMENTS, *ALSO_LINKED], ids=name_of)
 def test_links_lead_somewhere(document: Path) -> None:
     assert broken_links(document, document.read_text()) == []
@@ -114,6 +141,13 @@ def test_named_files_and_commands_exist(document: Path) -> None:
     assert missing_targets(text) == []
     assert missing_modules(text) == []
     assert missing_commands(text) == []
+    assert unknown_flags(text) == []
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *ALSO_LINKED], ids=name_of)
+def test_options_in_commands_are_accepted(document: Path) -> None:
+    for options in OPTIONS.findall(document.read_text()):
+        HardKVConfig.from_mapping(json.loads(options))
 
 
 def test_every_document_is_in_the_index() -> None:
@@ -134,4 +168,5 @@ def test_the_checks_find_what_is_broken() -> None:
     ]
     assert missing_targets("`make test` and `make tea`") == ["tea"]
     assert missing_modules("python -m bench.serving, python -m bench.nothing") == ["bench.nothing"]
+    assert unknown_flags("`--page-size 32 --kv-compression x --no-such`") == ["--no-such"]
     assert missing_commands("`hardkv eval` and `hardkv tea`") == ["tea"]
