@@ -27,6 +27,7 @@ from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
 from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
+from hardkv_sglang.kernels.shared_slots import copy_shared_slots
 from hardkv_sglang.lifecycle.prefix_groups import PrefixGroup
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
@@ -99,10 +100,10 @@ class Inputs:
         """Our kernels, joining into what FlashInfer wrote; nobody's query is recorded."""
         workspace = SharedPrefixWorkspace.allocate(self.layout, HQ, self.shape.batch, "cuda", tuning)
         workspace.plan(groups)
-        pool = (self.rows, self.req_to_token, self.k, self.v)
+        copy_shared_slots(workspace, self.rows, self.req_to_token)
 
         def launch(layer: int) -> None:
-            shared_prefix_decode(workspace, self.layout, *pool, layer, self.q[layer], SCALE)
+            shared_prefix_decode(workspace, self.layout, self.k, self.v, layer, self.q[layer], SCALE)
             finish_layer(self.tables, workspace, layer, self.rows, self.rows, self.q[layer], (self.o, self.lse2))
 
         return launch

@@ -36,7 +36,7 @@ class HardKVRuntime:
         self.cfg: ResolvedConfig = executor.memory.cfg
         self.states: dict[str, RequestState] = {}  # by request id: running requests that decode under HARD-KV
         self.planner = LifecyclePlanner(self.cfg)
-        self.prefixes = PrefixGrouper(self.cfg.min_shared_tokens)
+        self.prefixes = PrefixGrouper(self.cfg.min_shared_tokens, self.cfg.layout.num_slots)
         self.relief = PressureRelief(self.planner)
         self.admission = Admission(self.planner, self.relief, self.states)
         self.audit = Audit(executor.memory, self.states, executor.tp_group is not None)

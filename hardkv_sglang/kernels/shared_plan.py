@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,8 +17,20 @@ from hardkv_sglang.memory_pool.layout import PoolLayout
 
 SPLIT_ALIGN = 64
 MIN_SPLIT = 256
-ITEM_FIELDS = 4
 ENTRY_FIELDS = 4
+
+
+class SharedItem(NamedTuple):
+    """One program's work: a tile of queries and a split of its group's tokens."""
+
+    first_member: int  # in the list of members
+    num_members: int
+    start: int  # positions [start, end) of the prefix
+    end: int
+    first_slot: int  # of the group, in the list of slots
+
+
+ITEM_FIELDS = len(SharedItem._fields)
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,8 @@ class SharedPrefixWorkspace:
     shared_len: torch.Tensor  # [max_batch] int32, leading tokens of each batch entry that its group attends
     members: torch.Tensor  # [max_batch] int32, batch entries, group after group
     entries: torch.Tensor  # [max_batch, 4] int32, of each batch entry: first item, splits, first row in the tile, 0
-    items: torch.Tensor  # [N, 4] int32: first member, members, start, end
+    items: torch.Tensor  # [N, 5] int32, fields of `SharedItem`
+    slots: torch.Tensor  # [num_slots] int32, slots of the shared prefixes, group after group: see `shared_slots.py`
     partial_o: torch.Tensor  # [H, N, tile_rows, D] float32
     partial_lse2: torch.Tensor  # [H, N, tile_rows] float32
     group_size: int  # query heads per KV head
@@ -82,6 +96,7 @@ class SharedPrefixWorkspace:
             members=members,
             entries=entries.view(max_batch, ENTRY_FIELDS),
             items=items.view(max_items, ITEM_FIELDS),
+            slots=torch.zeros(layout.num_slots, dtype=torch.int32, device=device),
             partial_o=torch.zeros(H, max_items, tuning.tile_rows, D, dtype=torch.float32, device=device),
             partial_lse2=torch.zeros(H, max_items, tuning.tile_rows, dtype=torch.float32, device=device),
             group_size=G,
@@ -97,12 +112,13 @@ class SharedPrefixWorkspace:
     @property
     def num_bytes(self) -> int:
         """Device memory of the workspace, in bytes."""
-        tensors = (self.table, self.partial_o, self.partial_lse2)
+        tensors = (self.table, self.slots, self.partial_o, self.partial_lse2)
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def plan(self, groups: Sequence[PrefixGroup]) -> torch.Tensor:
         """Replace the work list; returns the shared tokens of each batch entry, [max_batch] int32 on the host.
 
+        The groups together have at most as many tokens as the pool has slots.
         Guarantees: no sync; the copy is ordered on the current stream.
         """
         max_batch, tile_members = self.shared_len.numel(), self.tuning.tile_rows // self.group_size
@@ -110,14 +126,15 @@ class SharedPrefixWorkspace:
         # splits for one program per multiprocessor: more of them cost more to join than they gain
         items = cut_groups(groups, tile_members, self.num_multiprocessors // self.partial_o.shape[0])
         assert len(items) <= self.max_items, "more work items than the workspace was allocated for"
+        assert sum(group.num_tokens for group in groups) <= self.slots.numel(), "more shared tokens than slots"
         shared_len = [0] * max_batch
         for group in groups:
             for entry in group.members:
                 shared_len[entry] = group.num_tokens
         places = [[0] * ENTRY_FIELDS for _ in range(max_batch)]
-        for i, (first, count, start, _) in enumerate(items):
-            for place, entry in enumerate(members[first : first + count]):
-                first_item = i if start == 0 else places[entry][0]
+        for i, item in enumerate(items):
+            for place, entry in enumerate(members[item.first_member : item.first_member + item.num_members]):
+                first_item = i if item.start == 0 else places[entry][0]
                 places[entry] = [first_item, places[entry][1] + 1, place * self.group_size, 0]
         flat = [field for row in (*places, *items) for field in row]
         values = [len(items), *shared_len, *members, *[0] * (max_batch - len(members)), *flat]
@@ -128,22 +145,23 @@ class SharedPrefixWorkspace:
         return host[1 : 1 + max_batch]
 
 
-def cut_groups(groups: Sequence[PrefixGroup], tile_members: int, target: int) -> list[tuple[int, int, int, int]]:
-    """Items (first member, members, start, end): tiles of members, splits of a tile one after the other.
+def cut_groups(groups: Sequence[PrefixGroup], tile_members: int, target: int) -> list[SharedItem]:
+    """Tiles of members, splits of a tile one after the other.
 
     At least about `target` items, where splits would not become too short.
     """
-    tiles: list[tuple[int, int, int]] = []  # first member, members, tokens
-    first = 0
+    tiles: list[SharedItem] = []
+    first = first_slot = 0
     for group in groups:
-        size = len(group.members)
+        size, tokens = len(group.members), group.num_tokens
         for place in range(0, size, tile_members):
-            tiles.append((first + place, min(tile_members, size - place), group.num_tokens))
+            tiles.append(SharedItem(first + place, min(tile_members, size - place), 0, tokens, first_slot))
         first += size
-    total = sum(tokens for _, _, tokens in tiles)
-    longest = max(MIN_SPLIT, -(-total // max(1, target)))
-    items: list[tuple[int, int, int, int]] = []
-    for first, count, tokens in tiles:
+        first_slot += tokens
+    longest = max(MIN_SPLIT, -(-sum(tile.end for tile in tiles) // max(1, target)))
+    items: list[SharedItem] = []
+    for tile in tiles:
+        tokens = tile.end
         split = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, longest)), SPLIT_ALIGN) * SPLIT_ALIGN
-        items.extend((first, count, start, min(start + split, tokens)) for start in range(0, tokens, split))
+        items.extend(tile._replace(start=i, end=min(i + split, tokens)) for i in range(0, tokens, split))
     return items

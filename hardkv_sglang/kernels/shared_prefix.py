@@ -25,11 +25,10 @@ def shared_prefix_kernel(
     q,
     k,
     v,
-    rows,
-    req_to_token,
     num_items,
     members,
     items,
+    slots,
     partial_o,
     partial_lse2,
     scale_log2,
@@ -37,7 +36,6 @@ def shared_prefix_kernel(
     max_items,
     num_slots,
     stride_q,
-    stride_req,
     G: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -63,9 +61,7 @@ def shared_prefix_kernel(
         # [BM, D], the query group of this KV head of every member
         o_q = b_entry * stride_q + (i_h * G + o_m % G) * D
         b_q = tl.load(q + o_q[:, None] + o_d[None, :], mask=m_m[:, None], other=0.0)
-        # all members have these slots
-        row = tl.load(rows + tl.load(members + first_member)).to(tl.int64)
-        p_slots = req_to_token + row * stride_req
+        p_slots = slots + tl.load(p_item + 4)
         b_top = tl.full([BM], EMPTY, tl.float32)
         b_total = tl.zeros([BM], tl.float32)
         b_acc = tl.zeros([BM, D], tl.float32)
@@ -88,8 +84,6 @@ def shared_prefix_kernel(
 def shared_prefix_decode(
     workspace: SharedPrefixWorkspace,
     layout: PoolLayout,
-    rows: torch.Tensor,
-    req_to_token: torch.Tensor,
     k_storage: torch.Tensor,
     v_storage: torch.Tensor,
     layer: int,
@@ -98,10 +92,10 @@ def shared_prefix_decode(
 ) -> None:
     """Attention of one query token per request over its shared prefix, into the workspace.
 
-    The groups are those of the last `workspace.plan`.
+    The groups are those of the last `workspace.plan`, their slots those of the last `copy_shared_slots`.
 
-    rows: [B] integer, request rows; req_to_token: [R, T] integer slots; k_storage, v_storage: [L, S, H, D] contiguous,
-    the whole pool; q: [B, HQ, D], D 64, 128 or 256, strided in B at most.
+    k_storage, v_storage: [L, S, H, D] contiguous, the whole pool; q: [B, HQ, D], D 64, 128 or 256, strided in B at
+    most.
     Guarantees: one launch, graph-safe, no allocation, no sync; deterministic for the same groups; float32 accumulation.
     """
     HQ, D = q.shape[1:]
@@ -109,17 +103,15 @@ def shared_prefix_decode(
     assert q.stride(2) == 1 and q.stride(1) == D and D in (64, 128, 256), "q must be [B, HQ, D], D 64, 128 or 256"
     assert q.dtype == k_storage.dtype == v_storage.dtype, "q and the pool must have one dtype"
     assert k_storage.is_contiguous() and v_storage.is_contiguous(), "the pool must be contiguous"
-    assert req_to_token.stride(1) == 1, "rows of req_to_token must be contiguous"
     assert workspace.group_size == HQ // H, "the workspace is for other heads"
     shared_prefix_kernel[(workspace.num_multiprocessors * tuning.programs_per_multiprocessor,)](
         q,
         k_storage,
         v_storage,
-        rows,
-        req_to_token,
         workspace.num_items,
         workspace.members,
         workspace.items,
+        workspace.slots,
         workspace.partial_o,
         workspace.partial_lse2,
         scale_log2=scale * math.log2(math.e),
@@ -127,7 +119,6 @@ def shared_prefix_decode(
         max_items=workspace.max_items,
         num_slots=layout.num_slots,
         stride_q=q.stride(0),
-        stride_req=req_to_token.stride(0),
         G=HQ // H,
         H=H,
         D=D,

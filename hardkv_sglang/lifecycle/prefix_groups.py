@@ -26,11 +26,12 @@ class PrefixGroup:
         return (len(self.members) - 1) * self.num_tokens
 
 
-def group_by_prefix(paths: Sequence[Path], min_saved_tokens: int) -> tuple[PrefixGroup, ...]:
+def group_by_prefix(paths: Sequence[Path], min_saved_tokens: int, max_tokens: int) -> tuple[PrefixGroup, ...]:
     """Disjoint groups that together save at least `min_saved_tokens` reads of a token per step, or none.
 
-    paths: by batch entry. A group saves a `MOST_GROUPS`th of that at least. One prefix per request: where prefixes
-    nest, the one that saves most goes first. Linear in the nodes of all paths, but for sorting those worth a group.
+    paths: by batch entry; max_tokens: most tokens of all groups' prefixes together. A group saves a `MOST_GROUPS`th
+    of `min_saved_tokens` at least. One prefix per request: where prefixes nest, the one that saves most goes first.
+    Linear in the nodes of all paths, but for sorting those worth a group.
     """
     least = -(-min_saved_tokens // MOST_GROUPS)
     members: dict[int, list[int]] = {}
@@ -45,18 +46,20 @@ def group_by_prefix(paths: Sequence[Path], min_saved_tokens: int) -> tuple[Prefi
     grouped: set[int] = set()
     for group in sorted(worthy, key=lambda group: group.saved_tokens, reverse=True):
         left = PrefixGroup(group.num_tokens, tuple(entry for entry in group.members if entry not in grouped))
-        if len(left.members) > 1 and left.saved_tokens >= least:
+        if len(left.members) > 1 and left.saved_tokens >= least and left.num_tokens <= max_tokens:
             chosen.append(left)
             grouped.update(left.members)
+            max_tokens -= left.num_tokens
     return tuple(chosen) if sum(group.saved_tokens for group in chosen) >= min_saved_tokens else ()
 
 
 class PrefixGrouper:
     """Groups of the running batch, looked for again when its requests change, or their places in the radix tree."""
 
-    def __init__(self, min_saved_tokens: int | None) -> None:
-        """min_saved_tokens: see `group_by_prefix`; None finds no groups."""
+    def __init__(self, min_saved_tokens: int | None, max_tokens: int) -> None:
+        """See `group_by_prefix`; min_saved_tokens: None finds no groups."""
         self.min_saved_tokens = min_saved_tokens
+        self.max_tokens = max_tokens
         self.groups: tuple[PrefixGroup, ...] = ()
         self._nodes: Sequence[int | None] = ()
 
@@ -67,7 +70,7 @@ class PrefixGrouper:
         """
         if self.min_saved_tokens is not None and nodes != self._nodes:
             self._nodes = nodes
-            self.groups = group_by_prefix(find_paths(), self.min_saved_tokens)
+            self.groups = group_by_prefix(find_paths(), self.min_saved_tokens, self.max_tokens)
         return self.groups
 
     def describe(self) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from hardkv_sglang.kernels.publish import publish
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
+from hardkv_sglang.kernels.shared_slots import copy_shared_slots
 from hardkv_sglang.lifecycle.step_plan import SelectOp
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
@@ -77,7 +78,8 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     state = (torch.zeros_like(q), lse2)
     ragged_decode.ragged_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, state)
     shared = SharedPrefixWorkspace.allocate(layout, 2 * group, 4, "cpu", SharedTuning.default(2 * head_dim, group))
-    shared_prefix.shared_prefix_decode(shared, layout, rows, req_to_token, k, v, 1, q, 0.1)
+    copy_shared_slots(shared, rows, req_to_token)
+    shared_prefix.shared_prefix_decode(shared, layout, k, v, 1, q, 0.1)
     for workspace_or_none in (shared, None):
         finish.finish_layer(tables, workspace_or_none, 1, rows, seq_lens, q, state)
     condense(k, v, layout, tables, req_to_token, rows, torch.zeros(2, 3, dtype=torch.int64))

@@ -13,6 +13,7 @@ from hardkv_sglang.kernels import EMPTY_LSE2, reference
 from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.shared_plan import MIN_SPLIT, SPLIT_ALIGN, SharedPrefixWorkspace, SharedTuning, cut_groups
 from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
+from hardkv_sglang.kernels.shared_slots import copy_shared_slots
 from hardkv_sglang.lifecycle.prefix_groups import PrefixGroup
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
@@ -95,10 +96,9 @@ def run(batch: Batch, state: reference.State, workspace: SharedPrefixWorkspace |
     size = batch.rows.numel()
     workspace = workspace or workspace_for(batch, size + 2)
     lens = workspace.plan(batch.groups)
+    copy_shared_slots(workspace, batch.rows, batch.req_to_token)
     scale = batch.layout.head_dim**-0.5
-    shared_prefix_decode(
-        workspace, batch.layout, batch.rows, batch.req_to_token, batch.k, batch.v, LAYER, batch.q, scale
-    )
+    shared_prefix_decode(workspace, batch.layout, batch.k, batch.v, LAYER, batch.q, scale)
     tables = tables_for(batch)
     finish_layer(tables, workspace, LAYER, batch.rows, torch.ones_like(batch.rows), batch.q, state)
     assert torch.equal(tables.lse2_ring[LAYER, 0, 0], state[1][0])
@@ -187,12 +187,17 @@ def test_groups_are_cut_once(tokens: list[int], target: int) -> None:
     want = [
         (member, token) for group in groups for member in range(len(group.members)) for token in range(group.num_tokens)
     ]
-    first, seen = 0, []
+    first, first_slot, seen = 0, 0, []
     for group in groups:
-        own = [item for item in items if first <= item[0] < first + len(group.members)]
-        seen += [(m - first, t) for f, count, start, end in own for m in range(f, f + count) for t in range(start, end)]
+        own = [item for item in items if first <= item.first_member < first + len(group.members)]
+        seen += [
+            (item.first_member - first + m, t)
+            for item in own for m in range(item.num_members) for t in range(item.start, item.end)
+        ]  # fmt: skip
         first += len(group.members)
-        assert all(count <= 4 and start % SPLIT_ALIGN == 0 for _, count, start, _ in own)
+        assert all(item.num_members <= 4 and item.start % SPLIT_ALIGN == 0 for item in own)
+        assert {item.first_slot for item in own} == {first_slot}
+        first_slot += group.num_tokens
     assert sorted(seen) == sorted(want)
     # splits of a tile follow each other
-    assert all(b[2] == (a[3] if a[0] == b[0] else 0) for a, b in itertools.pairwise(items))
+    assert all(b.start == (a.end if a.first_member == b.first_member else 0) for a, b in itertools.pairwise(items))

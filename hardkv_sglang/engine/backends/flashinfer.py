@@ -24,6 +24,7 @@ from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens, Tuning
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
 from hardkv_sglang.kernels.shared_prefix import shared_prefix_decode
+from hardkv_sglang.kernels.shared_slots import copy_shared_slots
 from hardkv_sglang.lifecycle.prefix_groups import PrefixGroup
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
@@ -111,6 +112,9 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
             return
         bs = forward_batch.batch_size
         if in_capture:
+            # graphs are captured again after a weight update: the last step's requests have no part in that
+            self.set_aged_tokens(torch.zeros(0, dtype=torch.int32))
+            self.set_prefix_groups(())
             self._prepare_cuda_graph_metadata(bs, forward_batch.positions.numel(), forward_batch.forward_mode, None)
         (wrapper,) = self.decode_cuda_graph_metadata[bs]
         self._plan_dense(wrapper, forward_batch, wrapper._paged_kv_indices_buf, None, self.disable_cuda_graph_kv_split)
@@ -141,6 +145,8 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
             indptr,
             slots,
         )
+        if self.hardkv_shared is not None and self.hardkv_groups:
+            copy_shared_slots(self.hardkv_shared, rows, self.req_to_token_pool.req_to_token)
         lens_cpu = batch.seq_lens_cpu[:bs] - self.hardkv_dense_start_cpu[:bs]
         # rows past the batch pad a captured graph: nothing of theirs has aged
         lens_cpu[: self.hardkv_aged.numel()] -= self.hardkv_aged
@@ -179,8 +185,6 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
             shared_prefix_decode(
                 self.hardkv_shared,
                 self.hardkv_cfg.layout,
-                forward_batch.req_pool_indices,
-                self.req_to_token_pool.req_to_token,
                 pool.k_storage,
                 pool.v_storage,
                 index,
