@@ -155,6 +155,15 @@ def test_every_document_is_in_the_index() -> None:
     assert [d.name for d in (ROOT / "docs").glob("*.md") if d.name != "README.md" and f"]({d.name})" not in index] == []
 
 
+def test_start_errors_are_those_of_the_code() -> None:
+    section = (ROOT / "docs" / "operations.md").read_text().partition("## When the server does not start")[2]
+    messages = re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
+    source = "\n".join(file.read_text() for file in (ROOT / "hardkv_sglang").rglob("*.py"))
+    fragments = [part.strip() for message in messages for part in message.split("...") if len(part.strip()) > 1]
+    assert len(fragments) >= len(messages) > 3
+    assert [fragment for fragment in fragments if fragment not in source] == []
+
+
 def test_the_checks_find_what_is_broken() -> None:
     readme = ROOT / "README.md"
     assert broken_links(readme, "[a](docs/none.md) [b](docs/design.md#no-such-heading) [c](docs/design.md)") == [
