@@ -13,6 +13,7 @@ from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.backends import install_backend
 from hardkv_sglang.engine.runtime import HardKVRuntime
 from hardkv_sglang.events.executor import EventExecutor
+from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
@@ -47,31 +48,32 @@ def build_runtime(options: HardKVConfig, model_runner: Any) -> HardKVRuntime:
     """
     pool = model_runner.token_to_kv_pool
     req_to_token = model_runner.req_to_token_pool.req_to_token
-    cfg = resolve_config(options, model_runner)
+    cfg = resolve_config(options, model_runner, pool.head_page_layout, req_to_token.shape[0])
     tables = DeviceTables.allocate(cfg, model_runner.dtype, req_to_token.device)
     memory = RankMemory(cfg, tables, pool.k_storage, pool.v_storage, req_to_token)
     executor = EventExecutor(memory, compat.tensor_parallel_group(), _read_priors(cfg, model_runner))
     runtime = HardKVRuntime(executor, install_backend(model_runner, cfg, tables))
     executor.warm_up()
     logger.info(
-        "HARD-KV: %s, %d rows, tables and workspaces %.2f GB beside the pool; CUDA graphs for up to %d requests, "
+        "HARD-KV: %s, %d rows; beside the pool of %.2f GB: %s; CUDA graphs for up to %d requests, "
         "SGLang logs their memory when they are captured",
-        options, cfg.num_rows, runtime.device_bytes / 1e9, compat.max_graph_batch(model_runner),
+        options, cfg.num_rows, (pool.k_storage.nbytes + pool.v_storage.nbytes) / 1e9, runtime.footprint,
+        compat.max_graph_batch(model_runner),
     )  # fmt: skip
     return runtime
 
 
-def resolve_config(options: HardKVConfig, model_runner: Any) -> ResolvedConfig:
-    """The options with the shapes of this rank's model and pool."""
-    attention = compat.attention_layers(model_runner.model)[0]
+def resolve_config(options: HardKVConfig, owner: Any, layout: PoolLayout, num_rows: int) -> ResolvedConfig:
+    """The options with the shapes of this rank's model and pool; owner: of the model, its config and server_args."""
+    attention = compat.attention_layers(owner.model)[0]
     return ResolvedConfig(
         options=options,
-        layout=model_runner.token_to_kv_pool.head_page_layout,
+        layout=layout,
         num_q_heads=attention.tp_q_head_num,
         softmax_scale=attention.scaling,
-        num_rows=model_runner.req_to_token_pool.req_to_token.shape[0],
-        max_context_len=model_runner.model_config.context_len,
-        min_shared_tokens=options.min_shared_tokens if compat.can_share_prefixes(model_runner) else None,
+        num_rows=num_rows,
+        max_context_len=owner.model_config.context_len,
+        min_shared_tokens=options.min_shared_tokens if compat.can_share_prefixes(owner) else None,
     )
 
 

@@ -132,6 +132,26 @@ def max_graph_batch(model_runner: Any) -> int:
     return int(decode.max_bs or 0) if has_graphs else 0
 
 
+def pool_tokens(configurator: Any, num_bytes: int) -> int:
+    """Tokens of a pool of so many bytes, by SGLang's own rule; without the limit that the operator may have set."""
+    from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
+
+    sizes = create_memory_pool_configurator(configurator).calculate_pool_sizes(num_bytes, configurator.page_size)
+    return int(sizes.max_total_num_tokens)
+
+
+def most_requests(configurator: Any, num_tokens: int) -> int:
+    """Requests that SGLang will let run at a time on a pool of so many tokens."""
+    return int(configurator.resolve_max_num_reqs(num_tokens))
+
+
+def num_multiprocessors(configurator: Any) -> int:
+    """Of the GPU that the configurator sizes a pool for; 0 on a CPU."""
+    if configurator.device == "cpu":
+        return 0
+    return int(torch.cuda.get_device_properties(configurator.gpu_id).multi_processor_count)
+
+
 def attention_layers(model: torch.nn.Module) -> list[Any]:
     """The model's `RadixAttention` modules, in layer order."""
     from sglang.srt.layers.radix_attention import RadixAttention

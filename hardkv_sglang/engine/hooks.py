@@ -16,6 +16,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.assembly import Attachment
+from hardkv_sglang.engine.memory_budget import left_for_pool
 from hardkv_sglang.engine.overrides import override_error
 from hardkv_sglang.engine.refusals.models import refused_model
 
@@ -43,11 +44,18 @@ def before_build_mha_kv_pool(hardkv: Attachment, *args: Any, **kwargs: Any) -> t
     return args, {**kwargs, "mha_pool_class": HeadPagedTokenToKVPool}
 
 
-def after_init_attention_backends(hardkv: Attachment, _result: None, model_runner: Any) -> None:
-    """init_attention_backends(self): the pool exists, CUDA graphs do not yet."""
-    problems = refused_model(model_runner)
+def after_profile_available_bytes(
+    hardkv: Attachment, available: int, configurator: Any, *_args: Any, **_kwargs: Any
+) -> int:
+    """_profile_available_bytes(self, pre_model_load_memory): the model is loaded, the pool not sized yet."""
+    problems = refused_model(configurator)
     if problems:
         raise ValueError("--kv-compression hardkv does not support this model:\n  " + "\n  ".join(problems))
+    return left_for_pool(hardkv.options, configurator, available)
+
+
+def after_init_attention_backends(hardkv: Attachment, _result: None, model_runner: Any) -> None:
+    """init_attention_backends(self): the pool exists, CUDA graphs do not yet."""
     hardkv.attach(model_runner)
 
 
@@ -144,6 +152,10 @@ def after_get_decode_usage_msg_parts(hardkv: Attachment, parts: list[str], _stat
 
 
 RUNTIME_HOOKS = (
+    Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
+        HookType.AFTER, after_profile_available_bytes, "tables come out of the pool's share",
+    ),
     Hook(
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
         HookType.BEFORE, before_build_mha_kv_pool, "head pages need one storage over all layers",

@@ -13,6 +13,7 @@ from hardkv_sglang.engine.audit import Audit
 from hardkv_sglang.engine.backends import TieredBackend
 from hardkv_sglang.engine.overrides import is_opted_out
 from hardkv_sglang.events.executor import EventExecutor, SelectReport, SettledCounts
+from hardkv_sglang.kernels.footprint import Footprint
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.lifecycle.prefix_groups import PrefixGrouper
 from hardkv_sglang.lifecycle.relief import PressureRelief
@@ -188,16 +189,18 @@ class HardKVRuntime:
         return {
             "options": self.cfg.options.to_dict(),
             "page_bytes": 2 * layout.columns * layout.page_size * layout.head_dim * itemsize,
-            "table_bytes": self.device_bytes,
+            "table_bytes": self.footprint.total,
             "running": self.occupancy().to_dict(),
             "shared_prefixes": self.prefixes.describe(),
             **self.statistics.to_dict(),
         }
 
     @property
-    def device_bytes(self) -> int:
-        """Tables of the events and workspaces of the backend, in bytes."""
-        return self.executor.memory.tables.num_bytes + self.backend.workspace_bytes
+    def footprint(self) -> Footprint:
+        """Device memory beside the pool, as allocated."""
+        tables = self.executor.memory.tables
+        rings = tables.query_ring.nbytes + tables.lse2_ring.nbytes
+        return Footprint(tables.num_bytes - rings, rings, self.backend.workspace_bytes)
 
     def _allocator(self, tree_cache: Any) -> compat.SglangPageAllocator:
         req_to_token = self.executor.memory.req_to_token

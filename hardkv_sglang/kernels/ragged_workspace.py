@@ -94,20 +94,11 @@ class RaggedWorkspace:
 
         max_list_tokens: longest expected list, condensed and sparse; longer ones stay correct, in longer splits.
         """
-        max_splits = max(1, min(MAX_SPLITS, triton.cdiv(max_list_tokens, split.small)))
-        max_lists, G = max_batch * layout.num_kv_heads, num_q_heads // layout.num_kv_heads
-        L, N = layout.num_layers, max_lists * max_splits
+        max_splits = most_splits(max_list_tokens, split)
+        shapes = workspace_shapes(layout, num_q_heads, max_batch, max_splits)
         on_gpu = torch.device(device).type == "cuda"
-
-        def zeros(*shape: int, kind: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=kind, device=device)
-
         return cls(
-            items=zeros(L, N, ITEM_FIELDS),
-            num_items=zeros(L),
-            partial_o=zeros(N, G, layout.head_dim, kind=torch.float32),
-            partial_lse2=zeros(N, G, kind=torch.float32),
-            arrivals=zeros(max_lists),
+            **{name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in shapes.items()},
             max_splits=max_splits,
             num_multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1,
             split=split,
@@ -123,3 +114,23 @@ class RaggedWorkspace:
         """Device memory of the workspace, in bytes."""
         tensors = (self.items, self.num_items, self.partial_o, self.partial_lse2, self.arrivals)
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def most_splits(max_list_tokens: int, split: SplitTokens) -> int:
+    """Most splits of one list, for lists of so many tokens."""
+    return max(1, min(MAX_SPLITS, triton.cdiv(max_list_tokens, split.small)))
+
+
+def workspace_shapes(
+    layout: PoolLayout, num_q_heads: int, max_batch: int, max_splits: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the tensors of a `RaggedWorkspace`."""
+    max_lists, G = max_batch * layout.num_kv_heads, num_q_heads // layout.num_kv_heads
+    L, N = layout.num_layers, max_lists * max_splits
+    return {
+        "items": ((L, N, ITEM_FIELDS), torch.int32),
+        "num_items": ((L,), torch.int32),
+        "partial_o": ((N, G, layout.head_dim), torch.float32),
+        "partial_lse2": ((N, G), torch.float32),
+        "arrivals": ((max_lists,), torch.int32),
+    }

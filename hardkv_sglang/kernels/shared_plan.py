@@ -79,26 +79,21 @@ class SharedPrefixWorkspace:
         tuning: SharedTuning,
     ) -> SharedPrefixWorkspace:
         """Allocate for batches up to `max_batch`, empty."""
-        H, D, G = layout.num_kv_heads, layout.head_dim, num_q_heads // layout.num_kv_heads
+        G = num_q_heads // layout.num_kv_heads
         assert tuning.tile_rows >= G, "a tile must hold the query heads of a request"
         on_gpu = torch.device(device).type == "cuda"
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
-        # a group has two members at least, which small tiles may separate
-        max_tiles = max(1, max_batch // 2) if tuning.tile_rows // G > 2 else max_batch
-        max_items = max_tiles + triton.cdiv(multiprocessors, H)
-        sizes = (1, max_batch, max_batch, max_batch * ENTRY_FIELDS, max_items * ITEM_FIELDS)
-        table = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        num_items, shared_len, members, entries, items = table.split(sizes)
+        max_items = most_items(layout, num_q_heads, max_batch, tuning, multiprocessors)
+        shapes = workspace_shapes(layout, max_batch, max_items, tuning)
+        memory = {name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in shapes.items()}
+        num_items, shared_len, members, entries, items = memory["table"].split(table_parts(max_batch, max_items))
         return cls(
-            table=table,
+            **memory,
             num_items=num_items,
             shared_len=shared_len,
             members=members,
             entries=entries.view(max_batch, ENTRY_FIELDS),
             items=items.view(max_items, ITEM_FIELDS),
-            slots=torch.zeros(layout.num_slots, dtype=torch.int32, device=device),
-            partial_o=torch.zeros(H, max_items, tuning.tile_rows, D, dtype=torch.float32, device=device),
-            partial_lse2=torch.zeros(H, max_items, tuning.tile_rows, dtype=torch.float32, device=device),
             group_size=G,
             num_multiprocessors=multiprocessors,
             tuning=tuning,
@@ -143,6 +138,32 @@ class SharedPrefixWorkspace:
         host = torch.tensor(values, dtype=torch.int32, pin_memory=self.table.is_cuda)
         self.table.copy_(host, non_blocking=True)
         return host[1 : 1 + max_batch]
+
+
+def most_items(layout: PoolLayout, num_q_heads: int, max_batch: int, tuning: SharedTuning, multiprocessors: int) -> int:
+    """Most work items of one plan."""
+    # a group has two members at least, which small tiles may separate
+    members = tuning.tile_rows // (num_q_heads // layout.num_kv_heads)
+    max_tiles = max(1, max_batch // 2) if members > 2 else max_batch
+    return max_tiles + triton.cdiv(multiprocessors, layout.num_kv_heads)
+
+
+def table_parts(max_batch: int, max_items: int) -> tuple[int, ...]:
+    """Elements of the five views of `SharedPrefixWorkspace.table`, in their order."""
+    return 1, max_batch, max_batch, max_batch * ENTRY_FIELDS, max_items * ITEM_FIELDS
+
+
+def workspace_shapes(
+    layout: PoolLayout, max_batch: int, max_items: int, tuning: SharedTuning
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the tensors of a `SharedPrefixWorkspace` that are no views."""
+    H, D = layout.num_kv_heads, layout.head_dim
+    return {
+        "table": ((sum(table_parts(max_batch, max_items)),), torch.int32),
+        "slots": ((layout.num_slots,), torch.int32),
+        "partial_o": ((H, max_items, tuning.tile_rows, D), torch.float32),
+        "partial_lse2": ((H, max_items, tuning.tile_rows), torch.float32),
+    }
 
 
 def cut_groups(groups: Sequence[PrefixGroup], tile_members: int, target: int) -> list[SharedItem]:

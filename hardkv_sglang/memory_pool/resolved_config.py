@@ -62,6 +62,11 @@ class ResolvedConfig:
         return context if cap is None else min(context, self.layout.page_ceil(cap))
 
     @property
+    def max_list_tokens(self) -> int:
+        """Most condensed and sparse tokens of one (layer, KV head) list."""
+        return self.max_condensed_tokens + self.max_sparse_span
+
+    @property
     def max_condensed_pages(self) -> int:
         """Most token pages that one request owns for condensed KV."""
         return self.max_condensed_tokens // self.layout.page_size

@@ -7,6 +7,7 @@ backend (observation rings). Row 0 pads CUDA-graph batches: its lists stay empty
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import prod
 
 import torch
 
@@ -37,26 +38,12 @@ class DeviceTables:
     @classmethod
     def allocate(cls, cfg: ResolvedConfig, dtype: torch.dtype, device: torch.device | str) -> DeviceTables:
         """Allocate all tables, empty; `dtype` is that of the queries."""
-        L, H, R = cfg.layout.num_layers, cfg.layout.num_kv_heads, cfg.num_rows
-        W, HQ, D = cfg.options.query_window, cfg.num_q_heads, cfg.layout.head_dim
-
-        def zeros(*shape: int, kind: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=kind, device=device)
-
-        return cls(
-            prefix_end=zeros(R),
-            recent_start=zeros(R),
-            num_condensed=zeros(L, R, H),
-            first_page=zeros(L, R, H),
-            condensed_pages=zeros(R, cfg.max_condensed_pages),
-            condensed_keep=zeros(L, R, H, cfg.max_condensed_tokens, kind=torch.bool),
-            num_sparse=zeros(L, R, H),
-            sparse_positions=zeros(L, R, H, cfg.max_sparse_span),
-            temperature=zeros(L, R, H, kind=torch.float32),
-            query_ring=zeros(L, cfg.num_ring_slots, W, HQ, D, kind=dtype),
-            lse2_ring=zeros(L, cfg.num_ring_slots, W, HQ, kind=torch.float32),
-            ring_slot=zeros(R) - 1,
-        )
+        tables = {
+            name: torch.zeros(shape, dtype=kind, device=device)
+            for name, (shape, kind) in table_shapes(cfg, dtype).items()
+        }
+        tables["ring_slot"].fill_(-1)
+        return cls(**tables)
 
     def reset(self, rows: torch.Tensor) -> None:
         """Make `rows` ([N] int64) uncompressed again, in place; no sync."""
@@ -70,5 +57,34 @@ class DeviceTables:
     @property
     def num_bytes(self) -> int:
         """Device memory of all tables, in bytes."""
-        tensors = [getattr(self, f.name) for f in fields(self)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(getattr(self, f.name).nbytes for f in fields(self))
+
+
+RINGS = ("query_ring", "lse2_ring")
+
+
+def table_shapes(cfg: ResolvedConfig, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every table; `dtype` is that of the queries."""
+    L, H, R = cfg.layout.num_layers, cfg.layout.num_kv_heads, cfg.num_rows
+    W, HQ, D, S = cfg.options.query_window, cfg.num_q_heads, cfg.layout.head_dim, cfg.num_ring_slots
+    return {
+        "prefix_end": ((R,), torch.int32),
+        "recent_start": ((R,), torch.int32),
+        "num_condensed": ((L, R, H), torch.int32),
+        "first_page": ((L, R, H), torch.int32),
+        "condensed_pages": ((R, cfg.max_condensed_pages), torch.int32),
+        "condensed_keep": ((L, R, H, cfg.max_condensed_tokens), torch.bool),
+        "num_sparse": ((L, R, H), torch.int32),
+        "sparse_positions": ((L, R, H, cfg.max_sparse_span), torch.int32),
+        "temperature": ((L, R, H), torch.float32),
+        "query_ring": ((L, S, W, HQ, D), dtype),
+        "lse2_ring": ((L, S, W, HQ), torch.float32),
+        "ring_slot": ((R,), torch.int32),
+    }
+
+
+def table_bytes(cfg: ResolvedConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Device memory that `DeviceTables.allocate` will take, in bytes: without the observation rings, and they."""
+    sizes = {name: prod(shape) * kind.itemsize for name, (shape, kind) in table_shapes(cfg, dtype).items()}
+    rings = sum(sizes[name] for name in RINGS)
+    return sum(sizes.values()) - rings, rings

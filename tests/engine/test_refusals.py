@@ -208,6 +208,7 @@ def runner(
     config: dict[str, Any] | None = None,
     layers: list[nn.Module] | None = None,
     kv_cache_dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
 ) -> SimpleNamespace:
     """What `refused_model` reads of a ModelRunner, made of SGLang's own parts."""
     layers = layers if layers is not None else [attention(0), attention(1)]
@@ -215,7 +216,14 @@ def runner(
         model_config=ModelConfig(model_path=save_config(folder, config or LLAMA)),
         model=nn.Sequential(*layers),
         kv_cache_dtype=kv_cache_dtype,
+        device=device,
     )
+
+
+def on_gpu(head_dim: int = 128, dtype: str = "bfloat16", **parts: Any) -> dict[str, Any]:
+    return {
+        "device": "cuda", "config": {**LLAMA, "torch_dtype": dtype}, "layers": [attention(head_dim=head_dim)], **parts,
+    }  # fmt: skip
 
 
 def with_sinks() -> nn.Module:
@@ -278,6 +286,9 @@ MODEL_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "wide-keys": ("head_dim", {"layers": [attention(head_dim=24, v_head_dim=16)]}),
     "uneven-heads": ("uneven_layers", {"layers": [attention(0), attention(1, num_kv_heads=4)]}),
     "fp8-checkpoint": ("kv_dtype", {"kv_cache_dtype": torch.float8_e4m3fn}),
+    **{f"heads-of-{size}": ("head_size", on_gpu(size)) for size in (32, 80, 96, 112, 192)},
+    "fp16-model-bf16-kv": ("two_dtypes", on_gpu(dtype="float16")),
+    "bf16-model-fp16-kv": ("two_dtypes", on_gpu(kv_cache_dtype=torch.float16)),
 }
 
 
@@ -302,6 +313,13 @@ def test_model_gpt_oss_is_refused_for_windows_and_sinks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_model_llama_is_accepted(tmp_path: Path, dtype: torch.dtype) -> None:
     assert refused_model(runner(tmp_path, kv_cache_dtype=dtype)) == []
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_model_llama_on_a_gpu_is_accepted(tmp_path: Path, head_dim: int, dtype: str) -> None:
+    parts = on_gpu(head_dim, dtype, kv_cache_dtype=getattr(torch, dtype))
+    assert refused_model(runner(tmp_path, **parts)) == []
 
 
 def test_model_granite_without_mamba_is_accepted(tmp_path: Path) -> None:

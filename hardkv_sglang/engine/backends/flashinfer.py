@@ -60,7 +60,7 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
             cfg.layout,
             cfg.num_q_heads,
             max_batch,
-            cfg.max_condensed_tokens + cfg.max_sparse_span,
+            cfg.max_list_tokens,
             device,
             SplitTokens.fixed() if self.enable_deterministic else SplitTokens.by_load(),
         )

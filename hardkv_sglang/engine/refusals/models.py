@@ -8,13 +8,15 @@ from typing import Any
 from hardkv_sglang.engine.refusals import Predicate, Refusal
 
 SUPPORTED_KV_TORCH_DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
+KERNEL_HEAD_SIZES = (64, 128, 256)
 FULL_ATTENTION_LAYERS = ("attention", "full_attention")
 
 
 def refused_model(model_runner: Any) -> list[str]:
     """Messages of every reason why the loaded model cannot be compressed; empty if it can.
 
-    model_runner: SGLang's `ModelRunner` after the model is loaded and the KV dtype is resolved.
+    model_runner: SGLang's `ModelRunner` after the model is loaded and the KV dtype is resolved, or the
+    `KVCacheConfigurator` that it has by then: what is read here has the same names there.
     """
     return [row.message for row in MODEL_REFUSALS if row.predicate(model_runner)]
 
@@ -75,6 +77,19 @@ def _has_uneven_layers(model_runner: Any) -> bool:
     return len(shapes) > 1
 
 
+def _on_gpu(test: Predicate) -> Predicate:
+    # the kernels' limits: attention in torch has none of them
+    return lambda runner: runner.device != "cpu" and test(runner)
+
+
+def _has_odd_head_size(model_runner: Any) -> bool:
+    return any(layer.qk_head_dim not in KERNEL_HEAD_SIZES for layer in _attention_layers(model_runner))
+
+
+def _has_two_dtypes(model_runner: Any) -> bool:
+    return model_runner.kv_cache_dtype != model_runner.model_config.dtype
+
+
 MODEL_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "embedding",
@@ -130,5 +145,15 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
         "kv_dtype",
         lambda runner: str(runner.kv_cache_dtype) not in SUPPORTED_KV_TORCH_DTYPES,
         "the checkpoint asks for quantised KV, which cannot be compressed; use --kv-cache-dtype bfloat16",
+    ),
+    Refusal(
+        "head_size",
+        _on_gpu(_has_odd_head_size),
+        f"the kernels know heads of {', '.join(map(str, KERNEL_HEAD_SIZES))} elements only; remove --kv-compression",
+    ),
+    Refusal(
+        "two_dtypes",
+        _on_gpu(_has_two_dtypes),
+        "queries and KV must have one dtype on a GPU; leave out --kv-cache-dtype, or set it to that of --dtype",
     ),
 )
