@@ -39,8 +39,12 @@ def after_add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
 
 
 def around_from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
-    """from_cli_args(cls, args): keeps our options, which are no ServerArgs fields."""
-    options = arguments.resolve_options(args.kv_compression, args.kv_compression_config)
+    """from_cli_args(cls, args): keeps our options, which are no ServerArgs fields.
+
+    A namespace that was not made by SGLang's parser lacks them: compression is off.
+    """
+    mode, source = getattr(args, "kv_compression", "none"), getattr(args, "kv_compression_config", None)
+    options = arguments.resolve_options(mode, source)
     if options is not None:
         arguments.seed_defaults(vars(args), torch.cuda.is_available())
     return arguments.attach_options(original(cls, args), options)

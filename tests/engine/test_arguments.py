@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import pickle
@@ -55,6 +56,15 @@ def test_engine_arguments(demo_model: Path) -> None:
     assert isinstance(args, ServerArgs)
     assert arguments.attached_options(args) == WANT
     assert args.page_size == 32
+
+
+def test_a_namespace_that_sglangs_parser_did_not_make(command: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    namespace = parser.parse_args(command)
+    del namespace.kv_compression, namespace.kv_compression_config
+    args = ServerArgs.from_cli_args(namespace)
+    assert arguments.attached_options(args) is None
 
 
 def test_without_the_flag_nothing_is_attached_or_seeded(command: list[str]) -> None:
