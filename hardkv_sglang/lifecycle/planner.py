@@ -46,7 +46,7 @@ class LifecyclePlanner:
         """
         prefix_end = self.cfg.layout.page_ceil(max(prompt_len, protected_len))
         state = RequestState(row, prefix_end, prefix_end, prefix_end, seq_len, 0)
-        state.observe_from = max(seq_len, self.schedule.next_select(state) - self.query_window)
+        state.observe_from = self.schedule.observe_from(state, seq_len)
         return state
 
     def plan(self, views: Iterable[View], allocator: PageAllocator, early: EarlyEvents = NO_EARLY_EVENTS) -> StepPlan:
@@ -125,7 +125,7 @@ class LifecyclePlanner:
         assert ring_slot is not None
         self.stop_observing(state)
         # queries before this event attended another set of tokens than the next event will assume
-        state.observe_from = max(seq_len, self.schedule.next_select(state) - self.query_window)
+        state.observe_from = self.schedule.observe_from(state, seq_len)
         return SelectOp(
             state=state,
             row=state.row,
@@ -147,8 +147,11 @@ class LifecyclePlanner:
             plan.postponed += 1
             return False
         plan.allocated_pages += state.survivor_pages
-        state.observe_from = max(seq_len, state.observe_from)
         plan.condenses.append(CondenseOp(state, state.row, slots, start=state.condensed_end, end=state.recent_start))
+        state.condensed_end = state.recent_start
+        # queries before this event attended another set of tokens than the next select event will assume
+        is_recording = state.ring_slot is not None
+        state.observe_from = seq_len if is_recording else self.schedule.observe_from(state, seq_len)
         return True
 
     def _free_sources(self, op: CondenseOp, allocator: PageAllocator, plan: StepPlan) -> None:
@@ -161,7 +164,6 @@ class LifecyclePlanner:
         state.condensed_slots = op.slots
         state.num_condensed_pages = state.survivor_pages
         state.condensed_list_bound = state.longest_list
-        state.condensed_end = op.end
         state.survivor_pages = None
         state.num_condenses += 1
 

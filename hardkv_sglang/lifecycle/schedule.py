@@ -8,6 +8,7 @@ from math import ceil
 from hardkv_sglang.lifecycle.request_state import RequestState, View
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 
+NEVER = 1 << 40
 COUNT_DELAY = 2  # steps until a select event's counts are on the host, with or without the overlap scheduler
 
 
@@ -51,8 +52,16 @@ class EventSchedule:
         return min(self.cfg.options.max_events_per_step, ceil(1.5 * num_requests * per_token))
 
     def next_select(self, state: RequestState) -> int:
-        """Length at which the next select event is due."""
-        return state.recent_start + self.select_span + self.recent_tokens
+        """Length at which the next select event is due: a whole interval has left the recent window, and selecting can
+        drop something. `NEVER` while the sparse tier has no room for that."""
+        target = self.cfg.layout.page_ceil(max(state.recent_start + self.select_span, self._first_drop(state)))
+        if target > state.condensed_end + self.cfg.max_sparse_span:
+            return NEVER
+        return target + self.recent_tokens
+
+    def observe_from(self, state: RequestState, seq_len: int) -> int:
+        """First position, from now on, whose query the next select event on schedule will read."""
+        return max(seq_len, self.next_select(state) - self.query_window)
 
     def select_target(self, state: RequestState, seq_len: int) -> int:
         """End of the sparse tier after a select event of now."""
@@ -60,25 +69,29 @@ class EventSchedule:
         return min(aged, state.condensed_end + self.cfg.max_sparse_span)
 
     def select_is_due(self, state: RequestState, seq_len: int) -> bool:
-        """Whether a whole interval has left the recent window, and selecting can lead to something."""
-        target = self.select_target(state, seq_len)
-        has_room = target - state.recent_start >= self.select_span
-        return has_room and self.is_observed(state, seq_len) and self.may_drop(state, target)
+        """Whether it is time for a select event, and enough queries are recorded for one."""
+        return seq_len >= self.next_select(state) and self.is_observed(state, seq_len)
 
     def is_observed(self, state: RequestState, seq_len: int) -> bool:
         """Whether enough queries are recorded for a select event."""
         return state.ring_slot is not None and seq_len - state.observe_from >= self.query_window
 
     def may_drop(self, state: RequestState, target: int) -> bool:
-        """Whether a select event up to `target` can drop anything: lists at their floor cannot shrink.
+        """Whether a select event up to `target` can drop anything."""
+        return target >= self._first_drop(state)
+
+    def _first_drop(self, state: RequestState) -> int:
+        """Least target with which a select event can drop anything: lists at their floor cannot shrink.
 
         Once the sparse tier is full, waiting helps no more, unless no list can ever outgrow its floor.
         """
         if self.cfg.options.min_freed_pages == 0:
-            return True
+            return 0
         floor = self.cfg.min_kept_tokens
-        can_outgrow = floor < self.cfg.max_context_len
-        return target - state.prefix_end > floor or (can_outgrow and self._is_full(target - state.condensed_end))
+        outgrown = state.prefix_end + floor + 1
+        if floor >= self.cfg.max_context_len:
+            return outgrown
+        return min(outgrown, state.condensed_end + self.cfg.max_sparse_span - self.select_span + 1)
 
     def condense_is_due(self, state: RequestState, seq_len: int) -> bool:
         """Whether the sparse tier is long enough, its survivors are known, and condensing does more than copy."""

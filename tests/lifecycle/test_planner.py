@@ -204,6 +204,62 @@ def test_no_select_event_while_every_list_is_at_its_floor(options: dict[str, obj
     assert events_of(OPTIONS.with_options(**options), 2, 300)[0][0] == first_select
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"min_tokens": 300},
+        {"policy": "snapkv", "uniform_tokens": 1024},
+        {"policy": "rkv", "uniform_tokens": 100, "condense_interval": 512},
+        {"policy": "streaming", "sink_tokens": 600},
+        {"top_p": 1.0, "max_tokens": None},
+        {"min_freed_pages": 0, "min_tokens": 4000},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("survivors", [1, 2, 4])
+def test_a_ring_slot_is_held_for_the_window_of_its_event_only(options: dict[str, object], survivors: int) -> None:
+    """Without other requests and pressure: from `query_window` steps before the select event on."""
+    options = {"select_interval": 64, "condense_interval": 128, **options}
+    planner, pool = make_planner(OPTIONS.with_options(**options)), PagePool(400)
+    state = start(planner, pool, 1, 40)
+    held, runs, selects = 0, [], 0
+    for seq_len in range(40, 1800):
+        if state.sparse_span and seq_len == state.selected_at + COUNT_DELAY - 1:
+            pages = state.num_condensed_pages + state.sparse_span // PAGE
+            planner.settle(state, max(1, pages * survivors), [pages * PAGE * survivors // 4] * 4)
+        selects += len(planner.plan([(state, seq_len)], pool).selects)
+        if state.ring_slot is None and held:
+            runs.append(held)
+        held = held + 1 if state.ring_slot is not None else 0
+        pool.extend_row(1, seq_len + 1)
+    assert runs == [planner.query_window] * selects
+    assert held <= planner.query_window
+
+
+@given(
+    st.integers(1, 6), st.integers(0, 6), st.integers(0, 5), st.integers(0, 1000), st.sampled_from([0, 1]),
+    st.sampled_from([8, 100, 300, 4000, 5000]),
+)  # fmt: skip
+def test_the_next_select_event_is_the_first_that_may_drop(
+    prefix: int, condensed: int, sparse: int, extra: int, min_freed: int, floor: int
+) -> None:
+    """Against the rule itself, length by length."""
+    options = OPTIONS.with_options(
+        select_interval=64, condense_interval=128, min_freed_pages=min_freed, min_tokens=floor, max_tokens=8192
+    )
+    schedule = make_planner(options).schedule
+    end = (prefix + condensed) * PAGE
+    state = RequestState(1, prefix * PAGE, end, end + sparse * PAGE, 0, 0)
+    seq_len = state.recent_start + extra
+    target = schedule.select_target(state, seq_len)
+    is_full = target - end + schedule.select_span > schedule.cfg.max_sparse_span
+    may_drop = min_freed == 0 or target - state.prefix_end > floor or (floor < 4096 and is_full)
+    assert (seq_len >= schedule.next_select(state)) == (
+        target - state.recent_start >= schedule.select_span and may_drop
+    )
+
+
 def test_early_events_follow_what_relief_chose() -> None:
     planner, pool = make_planner(OPTIONS.with_options(select_interval=256, condense_interval=256)), PagePool(100)
     state = start(planner, pool, 1, 40)
