@@ -2,6 +2,10 @@
 
 Every table is written on the forward stream only, by `events/executor.py` (tiers, temperatures) and by the decode
 backend (observation rings). Row 0 pads CUDA-graph batches: its lists stay empty.
+
+A captured step may read these while it runs, since what changes them is queued behind it. It may not follow
+`req_to_token`, but for the sparse positions of a request's own row: the scheduler's stream writes it meanwhile
+(docs/design.md, "What a captured step reads and writes").
 """
 
 from __future__ import annotations
