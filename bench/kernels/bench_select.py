@@ -25,6 +25,7 @@ from timing import copy_bandwidth, event_times, percentiles
 
 from hardkv_sglang.events.executor import EventExecutor
 from hardkv_sglang.events.scoring import TorchScorer
+from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.lifecycle.step_plan import SelectOp
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.selection.policies import make_policy
@@ -45,7 +46,7 @@ def make_event(inputs: Inputs) -> tuple[EventExecutor, SelectOp]:
     bound = int(tables.num_condensed[:, 1].max())
     seq_len = SPAN + RECENT
     op = SelectOp(
-        state=None, row=1, prefix_end=0, condensed_end=0, old_recent_start=0, recent_start=SPAN,
+        state=RequestState(1, 0, 0, 0, seq_len, seq_len), row=1, prefix_end=0, condensed_end=0, old_recent_start=0, recent_start=SPAN,
         first_query=seq_len - cfg.options.query_window, seq_len=seq_len, condensed_list_bound=bound,
         recalibrate=False, ring_slot=0,
     )  # fmt: skip

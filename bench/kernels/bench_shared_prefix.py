@@ -84,7 +84,7 @@ class Inputs:
         self.tables = DeviceTables.allocate(cfg, torch.bfloat16, "cuda")
         self.o, self.lse2 = torch.empty_like(self.q[0]), torch.empty(shape.batch, HQ, device="cuda")
 
-    def flashinfer(self, start: int) -> Callable[[int], None]:
+    def flashinfer(self, start: int) -> Callable[[int], object]:
         """FlashInfer over the tokens from `start` on, as SGLang calls it: slots as pages of one token."""
         slots = self.req_to_token[:, start:]
         scratch = torch.zeros(512 << 20, dtype=torch.uint8, device="cuda")

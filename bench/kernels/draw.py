@@ -52,7 +52,9 @@ def draw_shared(path: Path, report: dict[str, Any]) -> None:
         rows = [row for row in report["rows"] if row["batch"] == batch]
         axes.plot([row["saved_tokens"] for row in rows], [row["ratio"] for row in rows], "o", label=f"{batch} requests")
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.axvline(HardKVConfig().min_shared_tokens, color="grey", linestyle="--", label="default of min_shared_tokens")
+    default = HardKVConfig().min_shared_tokens
+    if default is not None:
+        axes.axvline(default, color="grey", linestyle="--", label="default of min_shared_tokens")
     axes.set(
         xscale="log", xlabel="reads of a token saved per step", ylabel="speed of attention, times FlashInfer",
         title=f"{report['gpu']}, 8 KV heads, bf16, d = 128",

@@ -98,8 +98,8 @@ def build(shape: Shape, spare_pages: int = 0, seed: int = 0) -> Inputs:
         span = tables.sparse_positions.shape[-1]
         index = torch.arange(span) * span_pages * PS // num_sparse[..., None].clamp(min=1)
         tables.sparse_positions[:, 1:] = index.clamp(max=span_pages * PS - 1).int()
-    storage = [torch.randn(L, layout.num_slots, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    k, v = (torch.randn(L, layout.num_slots, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     on_device = DeviceTables(**{name: getattr(tables, name).cuda() for name in vars(tables)})
     rows = torch.arange(1, B + 1, device="cuda")
     q = torch.randn(L, B, shape.num_q_heads, D, device="cuda", dtype=torch.bfloat16)
-    return Inputs(shape, cfg, on_device, req_to_token.cuda(), *storage, rows, q, order.cuda())
+    return Inputs(shape, cfg, on_device, req_to_token.cuda(), k, v, rows, q, order.cuda())

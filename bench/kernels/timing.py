@@ -17,7 +17,7 @@ def replay_times(launch: Callable[[], None], calls: int, repeats: int = 60) -> l
     return [t / calls for t in event_times(graph.replay, repeats)]
 
 
-def event_times(launch: Callable[[], None], repeats: int) -> list[float]:
+def event_times(launch: Callable[[], object], repeats: int) -> list[float]:
     """Sorted microseconds of `launch`, by CUDA events, after a warm-up."""
     for _ in range(5):
         launch()

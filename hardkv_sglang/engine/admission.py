@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.overrides import is_opted_out
+from hardkv_sglang.engine.request import Request
 from hardkv_sglang.lifecycle.expectation import OutputLength
 from hardkv_sglang.lifecycle.forecast import Outlook, UsageForecast
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
@@ -26,7 +26,7 @@ class Admission:
         self.forecast = UsageForecast(planner.cfg)
         self.layout = planner.cfg.layout
 
-    def fits(self, free_tokens: int, running: Sequence[Any], admitted: Sequence[Any], req: Any) -> bool:
+    def fits(self, free_tokens: int, running: Sequence[Request], admitted: Sequence[Request], req: Request) -> bool:
         """Whether `req` may start.
 
         free_tokens: free and evictable tokens of the pool; running: requests that decode; admitted: requests that
@@ -39,7 +39,7 @@ class Admission:
         peak = self.forecast.peak_growth(outlooks, self.planner.kept, events_per_step)
         return peak + self._reserve([*running, *admitted, req]) <= free_tokens
 
-    def _reserve(self, reqs: Sequence[Any]) -> int:
+    def _reserve(self, reqs: Sequence[Request]) -> int:
         """Tokens that stay free at the peak: a condense event must be able to copy before it frees.
 
         What relief looks ahead over beyond that is not set aside: it then runs some events early, which costs less than
@@ -48,7 +48,7 @@ class Admission:
         views = [(self.states[r.rid], compat.committed_len(r)) for r in reqs if r.rid in self.states]
         return self.relief.copy_pages(views) * self.layout.page_size
 
-    def _running_outlook(self, req: Any) -> Outlook:
+    def _running_outlook(self, req: Request) -> Outlook:
         state = self.states.get(req.rid)
         seq_len = compat.committed_len(req)
         if state is None:
@@ -67,11 +67,11 @@ class Admission:
             most_steps=compat.remaining_tokens(req),
         )
 
-    def _new_outlook(self, req: Any) -> Outlook:
+    def _new_outlook(self, req: Request) -> Outlook:
         uncached = max(0, len(req.origin_input_ids) - compat.cached_len(req))
         return self._fresh_outlook(req, compat.num_tokens(req), prompt=self.layout.page_ceil(uncached), held=0)
 
-    def _fresh_outlook(self, req: Any, seq_len: int, prompt: int, held: int) -> Outlook:
+    def _fresh_outlook(self, req: Request, seq_len: int, prompt: int, held: int) -> Outlook:
         """Outlook of a request without an event; its output is longer than nothing after a retraction."""
         prefix_end = self._prefix_end(req)
         state = RequestState(0, prefix_end, prefix_end, prefix_end, seq_len, seq_len)
@@ -87,9 +87,9 @@ class Admission:
             most_steps=compat.remaining_tokens(req),
         )
 
-    def _prefix_end(self, req: Any) -> int:
+    def _prefix_end(self, req: Request) -> int:
         return self.layout.page_ceil(len(req.origin_input_ids))
 
-    def _expected_steps(self, req: Any) -> float:
+    def _expected_steps(self, req: Request) -> float:
         remaining = compat.remaining_tokens(req)
         return remaining if req.sampling_params.ignore_eos else min(remaining, self.output_length.mean)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hardkv_sglang.engine import compat
+from hardkv_sglang.engine.request import Request
 from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
 from hardkv_sglang.memory_pool.layout import head_pages_needed
@@ -22,7 +23,7 @@ class Audit:
     states: dict[str, RequestState]  # by request id
     is_parallel: bool  # page counts are the maximum over several ranks
 
-    def check(self, reqs: list[Any], tree_cache: Any) -> None:
+    def check(self, reqs: list[Request], tree_cache: Any) -> None:
         """Prove that every token page has exactly one owner. Synchronises; for idle time and strict mode.
 
         Raises `IntegrityError`.

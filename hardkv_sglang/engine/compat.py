@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hardkv_sglang.engine.request import KVInfo, Request, TreeNode
+
 
 class SglangPageAllocator:
     """SGLang's paged allocator as `lifecycle.PageAllocator`."""
@@ -40,39 +42,45 @@ class SglangPageAllocator:
         self.allocator.free_segment(self.req_to_token[row, start:end], start_pos=start)
 
 
-def holds_kv(req: Any) -> bool:
+def holds_kv(req: Request) -> bool:
     """Whether the request owns a row and KV slots."""
     return req.kv is not None
 
 
-def row_of(req: Any) -> int:
+def _kv_info(req: Request) -> KVInfo:
+    assert req.kv is not None, f"request {req.rid} holds no KV"
+    return req.kv
+
+
+def row_of(req: Request) -> int:
     """Row of the request in req_to_token."""
     return int(req.req_pool_idx)
 
 
-def committed_len(req: Any) -> int:
+def committed_len(req: Request) -> int:
     """Tokens whose KV is written or in flight."""
     return int(req.kv_committed_len)
 
 
-def settled_len(req: Any) -> int:
+def settled_len(req: Request) -> int:
     """Tokens with KV, without the step that the overlap scheduler has launched beyond the end of the request."""
     return min(committed_len(req), len(req.origin_input_ids) + len(req.output_ids) - 1)
 
 
-def allocated_len(req: Any) -> int:
+def allocated_len(req: Request) -> int:
     """Positions with an allocated slot."""
-    return int(req.kv.kv_allocated_len)
+    return int(_kv_info(req).kv_allocated_len)
 
 
-def protected_len(req: Any) -> int:
+def protected_len(req: Request) -> int:
     """Leading tokens that the radix tree owns."""
     return int(req.cache_protected_len)
 
 
-def prefix_path(req: Any) -> list[tuple[int, int]]:
+def prefix_path(req: Request) -> list[tuple[int, int]]:
     """The request's nodes in the radix tree, from the root down: (node id, tokens up to the end of the node)."""
-    nodes, node = [], req.last_node
+    nodes: list[TreeNode] = []
+    node = req.last_node
     while node is not None and node.parent is not None:
         nodes.append(node)
         node = node.parent
@@ -83,7 +91,7 @@ def prefix_path(req: Any) -> list[tuple[int, int]]:
     return path
 
 
-def prefix_node(req: Any) -> int | None:
+def prefix_node(req: Request) -> int | None:
     """Id of the deepest node on the request's path; it changes once, when its own prefill is inserted."""
     return None if req.last_node is None else int(req.last_node.id)
 
@@ -95,18 +103,18 @@ def can_share_prefixes(model_runner: Any) -> bool:
     return not args.disable_radix_cache and not args.enable_deterministic_inference
 
 
-def truncate_kv(req: Any, length: int) -> None:
+def truncate_kv(req: Request, length: int) -> None:
     """Make SGLang believe that the request holds `length` tokens of KV; the rest has been freed."""
     req.kv_committed_len = length
-    req.kv.kv_allocated_len = length
+    _kv_info(req).kv_allocated_len = length
 
 
-def remaining_tokens(req: Any) -> int:
+def remaining_tokens(req: Request) -> int:
     """Tokens that the request may still generate."""
     return max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
 
 
-def custom_params(req: Any) -> dict[str, Any]:
+def custom_params(req: Request) -> dict[str, Any]:
     """Free-form parameters that the client attached to the request."""
     return req.sampling_params.custom_params or {}
 
@@ -167,7 +175,7 @@ def tree_slots(tree_cache: Any) -> torch.Tensor:
     return slots
 
 
-def active_requests(last_batch: Any, running_batch: Any) -> list[Any]:
+def active_requests(last_batch: Any, running_batch: Any) -> list[Request]:
     """Requests of the scheduler's batches, each once."""
     batches = [last_batch]
     if running_batch is not None and running_batch is not last_batch:
@@ -175,12 +183,12 @@ def active_requests(last_batch: Any, running_batch: Any) -> list[Any]:
     return list({req.rid: req for batch in batches if batch is not None for req in batch.reqs}.values())
 
 
-def num_tokens(req: Any) -> int:
+def num_tokens(req: Request) -> int:
     """Tokens of prompt and output."""
     return len(req.origin_input_ids) + len(req.output_ids)
 
 
-def cached_len(req: Any) -> int:
+def cached_len(req: Request) -> int:
     """Leading tokens that already have slots: in the radix tree, or prefilled by an earlier chunk."""
     return len(req.prefix_indices)
 
@@ -192,14 +200,14 @@ def no_token() -> Any:
     return AddReqResult.NO_TOKEN
 
 
-def room_for(adder: Any, req: Any) -> int:
+def room_for(adder: Any, req: Request) -> int:
     """Free and evictable tokens of the pool while the cached prefix of `req` is locked."""
     with adder._lock_node(req.last_node):
         return int(adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size())
 
 
 @contextmanager
-def prefill_only_admission(adder: Any, req: Any) -> Iterator[None]:
+def prefill_only_admission(adder: Any, req: Request) -> Iterator[None]:
     """Within the block, SGLang checks that the prefill of `req` fits, and reserves nothing for outputs."""
     from sglang.srt.managers import schedule_policy
 
@@ -217,7 +225,7 @@ def prefill_only_admission(adder: Any, req: Any) -> Iterator[None]:
         adder.rem_total_token_offset += reserved
 
 
-def cache_prompt_only(cache: Callable[..., None], req: Any, tree_cache: Any, **kwargs: Any) -> None:
+def cache_prompt_only(cache: Callable[..., None], req: Request, tree_cache: Any, **kwargs: Any) -> None:
     """Insert at most the prompt of a retracted request into the radix tree; other requests as stock does."""
     start, end = req.extend_range
     prompt_len = len(req.origin_input_ids)

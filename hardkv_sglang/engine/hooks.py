@@ -19,6 +19,7 @@ from hardkv_sglang.engine.assembly import Attachment
 from hardkv_sglang.engine.memory_budget import left_for_pool
 from hardkv_sglang.engine.overrides import override_error
 from hardkv_sglang.engine.refusals.models import refused_model
+from hardkv_sglang.engine.request import Request
 
 SOURCE = HookSource("hardkv", "hardkv-sglang")
 
@@ -59,7 +60,7 @@ def after_init_attention_backends(hardkv: Attachment, _result: None, model_runne
     hardkv.attach(model_runner)
 
 
-def before_init_req_max_new_tokens(hardkv: Attachment, _scheduler: Any, req: Any) -> None:
+def before_init_req_max_new_tokens(hardkv: Attachment, _scheduler: Any, req: Request) -> None:
     """init_req_max_new_tokens(self, req): runs once per incoming request, before it is queued."""
     problem = override_error(compat.custom_params(req))
     if problem is not None and not req.finished():
@@ -86,13 +87,13 @@ def after_process_batch_result(hardkv: Attachment, _returned: None, _scheduler: 
     hardkv.runtime.settle(getattr(result, "hardkv_reports", []))
 
 
-def before_release_kv_cache(hardkv: Attachment, req: Any, tree_cache: Any, *_args: Any, **_kwargs: Any) -> None:
+def before_release_kv_cache(hardkv: Attachment, req: Request, tree_cache: Any, *_args: Any, **_kwargs: Any) -> None:
     """release_kv_cache(req, tree_cache, is_insert): finish, abort and retraction all end here."""
     hardkv.runtime.release(req, tree_cache)
 
 
 def around_maybe_cache_unfinished_req(
-    hardkv: Attachment, original: Callable[..., Any], req: Any, tree_cache: Any, **kwargs: Any
+    hardkv: Attachment, original: Callable[..., Any], req: Request, tree_cache: Any, **kwargs: Any
 ) -> None:
     """maybe_cache_unfinished_req(req, tree_cache): a retracted request re-prefills its own output; the tree must
     not own that part, or it could never be compressed again."""
@@ -100,7 +101,7 @@ def around_maybe_cache_unfinished_req(
 
 
 def around_add_one_req(
-    hardkv: Attachment, original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
+    hardkv: Attachment, original: Callable[..., Any], adder: Any, req: Request, *args: Any, **kwargs: Any
 ) -> Any:
     """add_one_req(self, req, ...): admits by the forecast footprint of all requests instead of by maximal lengths."""
     room = compat.room_for(adder, req)

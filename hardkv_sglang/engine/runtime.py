@@ -12,6 +12,7 @@ from hardkv_sglang.engine.admission import Admission
 from hardkv_sglang.engine.audit import Audit
 from hardkv_sglang.engine.backends import TieredBackend
 from hardkv_sglang.engine.overrides import is_opted_out
+from hardkv_sglang.engine.request import Request
 from hardkv_sglang.events.executor import EventExecutor, SelectReport, SettledCounts
 from hardkv_sglang.kernels.footprint import Footprint
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
@@ -73,7 +74,7 @@ class HardKVRuntime:
         if not plan.is_empty:
             self.pending.append(plan)
 
-    def _admit(self, req: Any) -> RequestState:
+    def _admit(self, req: Request) -> RequestState:
         state = self.planner.admit(
             row=compat.row_of(req),
             prompt_len=len(req.origin_input_ids),
@@ -107,7 +108,7 @@ class HardKVRuntime:
             self.backend.forget_lists(plan.rows)
         return reports
 
-    def _aged_tokens(self, req: Any) -> int:
+    def _aged_tokens(self, req: Request) -> int:
         state = self.states.get(req.rid)
         return state.recent_start - state.prefix_end if state is not None and state.is_compressed else 0
 
@@ -125,7 +126,7 @@ class HardKVRuntime:
             candidates = span + state.num_condensed_pages * self.cfg.layout.page_size
             self.statistics.count_selection(candidates, kept, counts.kept_mass, counts.infeasible_lists)
 
-    def release(self, req: Any, tree_cache: Any) -> None:
+    def release(self, req: Request, tree_cache: Any) -> None:
         """Before SGLang releases a request: free what compression owns, leave only exact KV to SGLang."""
         state = self.states.pop(req.rid, None)
         if req.finished():
@@ -143,7 +144,7 @@ class HardKVRuntime:
         if left != allocated:
             compat.truncate_kv(req, left)
 
-    def uncached_tokens(self, reqs: list[Any]) -> int:
+    def uncached_tokens(self, reqs: list[Request]) -> int:
         """Pool tokens that these requests hold less than their lengths say (negative: more)."""
         page_size = self.cfg.layout.page_size
         states = [self.states[req.rid] for req in reqs if req.rid in self.states]
@@ -164,7 +165,7 @@ class HardKVRuntime:
         self.publish_metrics()
         self.idle_check_due = False
 
-    def check_integrity(self, reqs: list[Any], tree_cache: Any) -> None:
+    def check_integrity(self, reqs: list[Request], tree_cache: Any) -> None:
         """See `Audit.check`."""
         self.audit.check(reqs, tree_cache)
 

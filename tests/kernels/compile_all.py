@@ -28,6 +28,7 @@ from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
 from hardkv_sglang.kernels.shared_slots import copy_shared_slots
+from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.lifecycle.step_plan import SelectOp
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
@@ -95,7 +96,7 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     importance = measure_pooled(lists, lists.valid, queries, torch.zeros(4, 16 * group), 0.1)
     lists.value_distance(importance.mean)
     op = SelectOp(
-        state=None, row=1, prefix_end=32, condensed_end=32, old_recent_start=64, recent_start=96, first_query=100,
+        state=RequestState(1, 32, 32, 32, 100, 104), row=1, prefix_end=32, condensed_end=32, old_recent_start=64, recent_start=96, first_query=100,
         seq_len=104, condensed_list_bound=40, recalibrate=False, ring_slot=0,
     )  # fmt: skip
     found = list_candidates(RankMemory(cfg, tables, k, v, req_to_token), op, slice(0, 2))
@@ -112,7 +113,7 @@ def main() -> None:
     if compiler.target.arch >= 10 * FIRST_CAPABILITY:
         # there is no device to ask, so that wrappers would launch as on an older one
         for module in (finish, ragged_decode, shared_prefix):
-            module.launch_options = lambda device: {"PDL": True, "launch_pdl": True}
+            vars(module)["launch_options"] = lambda device: {"PDL": True, "launch_pdl": True}
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
     for head_dim, group, dtype in ((128, 4, torch.bfloat16), (64, 3, torch.float16)):
         call_every_wrapper(head_dim, group, dtype)

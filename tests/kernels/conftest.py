@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `torch.empty` return NaN (a large number for integers), so that an unwritten element fails."""
     stock = torch.empty
 
-    def poisoned(*args, **kwargs):
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         x = stock(*args, **kwargs)
         return x.fill_(torch.nan if x.is_floating_point() else 99)
 

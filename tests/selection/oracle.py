@@ -44,8 +44,8 @@ def lists_of(candidates: Candidates) -> list[OracleList]:
                 row = {j: logits2[b][g][i][j] for j in tokens}
                 inside = [j for j in tokens if attended[b][j]]
                 probabilities[g, i] = joint_probabilities(row, lse2[b][g][i], inside)
-        rows = [{j: x[b][j] for j in tokens} if x else {} for x in (keys, values)]
-        result.append(OracleList(len(valid[b]), tokens, queries, probabilities, *rows, group))
+        key_of, value_of = ({j: x[b][j] for j in tokens} if x else {} for x in (keys, values))
+        result.append(OracleList(len(valid[b]), tokens, queries, probabilities, key_of, value_of, group))
     return result
 
 

@@ -1,0 +1,59 @@
+"""What this package reads and writes of SGLang's requests: a misspelt attribute is a type error.
+
+`tests/engine/test_request.py` holds these names against SGLang's classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from typing import Any, Protocol
+
+import torch
+
+
+class KVInfo(Protocol):
+    """SGLang's `ReqKvInfo`: exists while the request owns slots."""
+
+    kv_allocated_len: int
+
+
+class TreeNode(Protocol):
+    """SGLang's radix `TreeNode`; the root has no parent."""
+
+    id: int
+    key: Sized
+    parent: TreeNode | None
+
+
+class Sampling(Protocol):
+    """SGLang's `SamplingParams`, normalised."""
+
+    max_new_tokens: int
+    ignore_eos: bool
+    custom_params: dict[str, Any] | None
+
+
+class Request(Protocol):
+    """SGLang's `Req`."""
+
+    rid: str
+    sampling_params: Sampling
+    origin_input_ids: Sequence[int]
+    output_ids: Sequence[int]
+    prefix_indices: torch.Tensor  # slots of the leading tokens that need no prefill
+    last_node: TreeNode | None
+    cache_protected_len: int
+    extend_range: tuple[int, int]  # positions of the prefill that runs; not read outside of one
+    retracted_stain: bool
+    req_pool_idx: int  # not read before the request has a row
+    kv: KVInfo | None
+    kv_committed_len: int
+
+    def finished(self) -> bool:
+        """Whether the request has ended."""
+
+    def set_extend_range(self, start: int, end: int) -> None:
+        """Move the range of the prefill."""
+
+    def set_finish_with_abort(self, error_msg: str) -> None:
+        """End the request with this message for its client."""
