@@ -96,7 +96,7 @@ class Inputs:
         pools = [(self.k[layer, :, None], self.v[layer, :, None]) for layer in range(L)]
         return lambda layer: wrapper.run(self.q[layer], pools[layer], out=self.o, lse=self.lse2, return_lse=True)
 
-    def shared(self, groups: list[PrefixGroup], tuning: SharedTuning) -> Callable[[int], None]:
+    def shared(self, groups: list[PrefixGroup], tuning: SharedTuning) -> Callable[[int], object]:
         """Our kernels, joining into what FlashInfer wrote; nobody's query is recorded."""
         workspace = SharedPrefixWorkspace.allocate(self.layout, HQ, self.shape.batch, "cuda", tuning)
         workspace.plan(groups)
@@ -108,7 +108,7 @@ class Inputs:
 
         return launch
 
-    def check(self, *calls: Callable[[int], None]) -> None:
+    def check(self, *calls: Callable[[int], object]) -> None:
         """Against float64, on a few requests of the last layer."""
         for call in calls:
             call(L - 1)
@@ -121,7 +121,7 @@ class Inputs:
             torch.testing.assert_close(self.lse2[b].double(), lse2, rtol=0, atol=2e-3)
 
 
-def p50(*calls: Callable[[int], None]) -> float:
+def p50(*calls: Callable[[int], object]) -> float:
     """Microseconds of one layer."""
 
     def launch() -> None:
