@@ -6,15 +6,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hardkv_sglang.cli import calibrate, demo, eval, model
+from hardkv_sglang.cli import calibrate, demo, doctor, eval, model, top
 
 # each offers add_parser(subparsers) and run(args) -> exit status; heavy imports belong inside run()
-SUBCOMMANDS = (calibrate, demo, eval, model)
+SUBCOMMANDS = (calibrate, demo, doctor, eval, model, top)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "takes_server_flags"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.server_flags = rest
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -32,7 +32,23 @@ def left_for_pool(options: HardKVConfig, configurator: Any, available: int) -> i
     footprint, requests = _footprint(options, configurator, capacity, min(capacity, limit or capacity))
     left = available - footprint.total
     tokens = compat.pool_tokens(configurator, left) if left > 0 else 0
-    figures = f"{footprint} for {requests} requests, out of {available / 1e9:.2f} GB that SGLang would give the pool"
+    figures = figures_of(footprint, requests, available)
+    refuse_shortage(tokens, capacity, limit, figures)
+    if limit is None and footprint.total > LARGE_SHARE * available:
+        logger.warning("HARD-KV takes a large share of the pool's memory: %s; to change that, %s", figures, REMEDY)
+    return left
+
+
+def figures_of(footprint: Footprint, requests: int, available: int) -> str:
+    """What compression takes, for how many requests and out of what."""
+    return f"{footprint} for {requests} requests, out of {available / 1e9:.2f} GB that SGLang would give the pool"
+
+
+def refuse_shortage(tokens: int, capacity: int, limit: int | None, figures: str) -> None:
+    """Raise `ValueError` if the pool gets no token, or fewer than an operator asked for who could have them dense.
+
+    tokens: of the pool beside the tables; capacity: without them; limit: `--max-total-tokens`.
+    """
     if tokens == 0:
         raise ValueError(f"HARD-KV: nothing is left for the pool ({figures}); {REMEDY}")
     if limit is not None and tokens < limit <= capacity:
@@ -40,9 +56,6 @@ def left_for_pool(options: HardKVConfig, configurator: Any, available: int) -> i
             f"HARD-KV: --max-total-tokens {limit} does not fit beside its tables ({figures}): {tokens} tokens do; "
             f"lower --max-total-tokens to that, or {REMEDY}"
         )
-    if limit is None and footprint.total > LARGE_SHARE * available:
-        logger.warning("HARD-KV takes a large share of the pool's memory: %s; to change that, %s", figures, REMEDY)
-    return left
 
 
 def _footprint(options: HardKVConfig, configurator: Any, capacity: int, tokens: int) -> tuple[Footprint, int]:
