@@ -16,11 +16,13 @@ from functools import cached_property
 
 import torch
 
+from hardkv_sglang.selection.heaviest import ONE, fixed_point, heaviest
+
 BoundCounts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int | None, int], torch.Tensor]
 """`bound_counts` or a kernel that does the same."""
 
-ONE = 1 << 48
-"""Fixed-point units of probability 1: finer than float32 and float64 need, and 2**15 ones fit an int64."""
+MAX_SORTED = 1 << 22
+"""Candidates that are sorted together: sorting takes about 50 bytes of temporary memory for each."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,6 @@ class Selection:
     infeasible: torch.Tensor  # [B] bool, calibration clamped: no temperature reaches the target
 
 
-def fixed_point(mass: torch.Tensor) -> torch.Tensor:
-    """Probabilities in int64 units of 1 / ONE, rounded to nearest."""
-    return (mass * ONE).round().long()
-
-
 def droppable(top_p: float) -> int:
     """Most mass, in fixed point, that Top-p leaves out; rounded down, toward keeping."""
     return int((1.0 - top_p) * ONE)
@@ -170,10 +167,12 @@ def shared_top_p_set(mass: torch.Tensor, valid: torch.Tensor, top_p: float) -> t
     lists lose `1 - top_p` in the mean, and the last token that one list keeps weighs as much as that of any other: no
     other choice of as few tokens loses less. Ties keep the later list, then the later position.
     """
-    order = ascending_order(mass.flatten(), valid.flatten())
-    dropped = fixed_point(mass.flatten().gather(-1, order)).cumsum(-1)
-    count = (dropped > droppable(top_p) * mass.shape[0]).sum(-1)
-    return last_in_order(order, count).view_as(mass)
+    flat, limit = mass.flatten(), droppable(top_p) * mass.shape[0]
+    if flat.numel() > MAX_SORTED:
+        return heaviest(flat, limit).view_as(mass)
+    order = ascending_order(flat, valid.flatten())
+    dropped = fixed_point(flat.gather(-1, order)).cumsum(-1)
+    return last_in_order(order, (dropped > limit).sum(-1)).view_as(mass)
 
 
 def bound_counts(
@@ -185,6 +184,10 @@ def bound_counts(
     Returns keep [B, N] bool. Guarantees: chosen candidates before others, then higher importance, then the
     later position; never an invalid candidate; the cap wins over everything.
     """
+    if valid.numel() > MAX_SORTED and len(valid) > 1:
+        step = max(1, MAX_SORTED // valid.shape[1])
+        parts = zip(chosen.split(step), importance.split(step), valid.split(step), strict=True)
+        return torch.cat([bound_counts(*part, floor, cap, unit) for part in parts])
     order = ascending_order(importance, valid)
     order = order.gather(-1, chosen.gather(-1, order).to(torch.uint8).argsort(dim=-1, stable=True))
     counts = -(-chosen.sum(-1).clamp(min=floor) // unit) * unit
