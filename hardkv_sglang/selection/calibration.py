@@ -6,6 +6,7 @@ Sizes as in `top_p.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,11 @@ class Calibration:
 
     temperature: torch.Tensor  # [B] float32, 0 where there was nothing to calibrate on
     infeasible: torch.Tensor  # [B] bool, clamped: the target's mass is below top_p, or above by > TOLERANCE
+
+    @classmethod
+    def join(cls, parts: Sequence[Calibration]) -> Calibration:
+        """Of the lists of several parts, in their order."""
+        return cls(torch.cat([p.temperature for p in parts]), torch.cat([p.infeasible for p in parts]))
 
 
 def uncalibrated(valid: torch.Tensor) -> Calibration:

@@ -6,7 +6,7 @@ ties included. Temporary memory is that of one chunk, whatever the number of can
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -35,11 +35,11 @@ def heaviest(mass: torch.Tensor, limit: int, chunk: int = CHUNK) -> torch.Tensor
     # the least mass with which the sum exceeds the limit; infinity if none does
     for _ in range(mass.dtype.itemsize * 8):
         middle = low + (high - low) // 2
-        exceeds = _mass_where(chunks, lambda bits, at=middle: bits <= at) > limit
+        exceeds = _mass_up_to(chunks, middle) > limit
         low, high = torch.where(exceeds, low, middle + 1), torch.where(exceeds, middle, high)
         low = torch.minimum(low, high)
     one = fixed_point(low.to(BITS[mass.dtype]).view(mass.dtype)).clamp_(min=1)
-    droppable = (limit - _mass_where(chunks, lambda bits: bits < low)) // one
+    droppable = (limit - _mass_up_to(chunks, low - 1)) // one
     keep, seen = [], torch.zeros_like(low)
     for part in chunks:
         bits = _bits(part)
@@ -54,6 +54,6 @@ def _bits(mass: torch.Tensor) -> torch.Tensor:
     return (mass + 0.0).view(BITS[mass.dtype])
 
 
-def _mass_where(chunks: Sequence[torch.Tensor], chosen: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    parts = [torch.where(chosen(_bits(part)), fixed_point(part), 0).sum() for part in chunks]
+def _mass_up_to(chunks: Sequence[torch.Tensor], bits: torch.Tensor) -> torch.Tensor:
+    parts = [torch.where(_bits(part) <= bits, fixed_point(part), 0).sum() for part in chunks]
     return torch.stack(parts).sum()

@@ -10,7 +10,7 @@ any batch, on any device, sorted or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,6 +81,23 @@ class Scored:
     def order(self) -> torch.Tensor:
         """`ascending_order` of every distribution, [B, V, N] int64."""
         return ascending_order(self.scores, self.valid[:, None, :])
+
+    def parts(self, temperature: torch.Tensor | None) -> Iterator[tuple[Scored, torch.Tensor | None]]:
+        """The lists in parts of `MAX_SORTED` candidates at most, one list at least, with their temperatures ([B])."""
+        num_lists, size = len(self.scores), max(1, self.scores[0].numel()) if len(self.scores) else 1
+        step = max(1, MAX_SORTED // size)
+        if num_lists <= step:
+            yield self, temperature
+            return
+        importance = self.importance
+        for first in range(0, num_lists, step):
+            lists = slice(first, first + step)
+            measured = Importance(
+                importance.distributions[lists], importance.mean[lists], importance.mean_square[lists],
+                importance.observed,
+            )  # fmt: skip
+            part = Scored(self.scores[lists], measured, self.valid[lists])
+            yield part, None if temperature is None else temperature[lists]
 
     @classmethod
     def join(cls, parts: Sequence[Scored]) -> Scored:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.selection import top_p as top_p_module
 from hardkv_sglang.selection.policies import POLICIES, make_policy
 from hardkv_sglang.selection.policies.base import Policy
 from hardkv_sglang.selection.top_p import Candidates, Selection
@@ -61,6 +62,18 @@ def as_sets(mask: torch.Tensor) -> list[set[int]]:
 
 def equal(a: Selection, b: Selection) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("keep", "temperature", "infeasible"))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=ids)
+@pytest.mark.parametrize("most", [1, 150])
+def test_long_events_are_chosen_in_parts(options: dict, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is sorted together, the choice is the same to the bit; temperatures of earlier events included."""
+    candidates = make_candidates(3, [60, 41, 0, 57, 33], dtype=torch.float32)
+    options, known = {"min_tokens": 4, "max_tokens": 48, **options}, torch.tensor([0.5, 0.0, 1.5, 2.0, 0.0])
+    known = None if options.get("policy") else known
+    want = select(candidates, known, **options)
+    monkeypatch.setattr(top_p_module, "MAX_SORTED", most)
+    assert equal(select(candidates, known, **options), want)
 
 
 REDUCTIONS = list(product(["mean", "max"], ["mean", "max", "union"]))

@@ -94,14 +94,31 @@ class HardKVPolicy(Policy):
         valid, importance, top_p = scored.valid, scored.importance, self.options.top_p
         if top_p == 1.0:
             return valid, uncalibrated(valid)
-        mass, calibration = self._spread(scored, temperature)
         if self.options.budget == "shared":
+            mass, calibration = self._spread_all(scored, temperature)
             chosen = shared_top_p_set(mass[:, 0], valid, top_p)
         else:
-            chosen = top_p_set(mass, scored.order, top_p).any(1)
+            chosen, calibration = self._choose_per_list(scored, temperature)
         if self.options.guarantee == "raw":
-            chosen |= top_p_set(importance.mean, ascending_order(importance.mean, valid), top_p)
+            means = [(part.importance.mean, part.valid) for part, _ in scored.parts(None)]
+            chosen |= torch.cat([top_p_set(mean, ascending_order(mean, exist), top_p) for mean, exist in means])
         return torch.where(importance.observed, chosen & valid, valid), calibration
+
+    def _choose_per_list(self, scored: Scored, temperature: torch.Tensor | None) -> tuple[torch.Tensor, Calibration]:
+        """Each list's own Top-p set, some lists at a time: sorting takes many times the memory of the scores."""
+        chosen, calibrations = [], []
+        for part, known in scored.parts(temperature):
+            mass, calibration = self._spread(part, known)
+            chosen.append(top_p_set(mass, part.order, self.options.top_p).any(1))
+            calibrations.append(calibration)
+        return torch.cat(chosen), Calibration.join(calibrations)
+
+    def _spread_all(self, scored: Scored, temperature: torch.Tensor | None) -> tuple[torch.Tensor, Calibration]:
+        """`_spread` over all lists, some at a time where it sorts."""
+        if self.metric.unit in ("probability", "energy"):
+            return self._spread(scored, temperature)
+        masses, calibrations = zip(*[self._spread(*part) for part in scored.parts(temperature)], strict=True)
+        return torch.cat(masses), Calibration.join(calibrations)
 
     def _spread(self, scored: Scored, temperature: torch.Tensor | None) -> tuple[torch.Tensor, Calibration]:
         """The probabilities that Top-p acts on, [B, V, N], and the temperatures that gave them."""
