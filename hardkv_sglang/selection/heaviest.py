@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-CHUNK = 1 << 22  # candidates looked at together: about 100 MB of temporary memory
+CHUNK = 1 << 22  # candidates looked at together: about 90 MB of temporary memory
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 INFINITY = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
 

@@ -22,7 +22,7 @@ BoundCounts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int | Non
 """`bound_counts` or a kernel that does the same."""
 
 MAX_SORTED = 1 << 22
-"""Candidates that are sorted together: sorting takes about 50 bytes of temporary memory for each."""
+"""Candidates that are sorted together: sorting takes 36 bytes of temporary memory for each."""
 
 
 @dataclass(frozen=True)

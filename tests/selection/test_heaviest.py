@@ -60,7 +60,7 @@ def test_floor_and_cap_of_many_lists_in_parts(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.gpu
 def test_memory_of_a_long_event_is_bounded() -> None:
-    """29 M candidates: sorting took 1.4 GB."""
+    """29 M candidates, for which sorting takes 1 GB."""
     mass = torch.rand(288, 100_000, device="cuda") ** 20
     mass /= mass.sum(1, keepdim=True)
     valid = torch.ones(mass.shape, dtype=torch.bool, device="cuda")
@@ -68,4 +68,4 @@ def test_memory_of_a_long_event_is_bounded() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     shared_top_p_set(mass, valid, 0.995)
-    assert torch.cuda.max_memory_allocated() - before < 400 << 20
+    assert torch.cuda.max_memory_allocated() - before < 150 << 20
