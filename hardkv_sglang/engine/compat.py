@@ -114,9 +114,15 @@ def remaining_tokens(req: Request) -> int:
     return max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
 
 
-def custom_params(req: Request) -> dict[str, Any]:
-    """Free-form parameters that the client attached to the request."""
-    return req.sampling_params.custom_params or {}
+def custom_params(req: Request) -> object:
+    """What the client sent as free-form parameters: any JSON value, of any size and depth. SGLang adds the request
+    itself to an object."""
+    return req.sampling_params.custom_params
+
+
+def is_ending(req: Request) -> bool:
+    """Whether the request has ended, or is to end with the reason that SGLang has given it."""
+    return req.finished() or req.to_finish is not None
 
 
 def metric_labels(scheduler: Any) -> dict[str, Any] | None:
@@ -225,14 +231,18 @@ def prefill_only_admission(adder: Any, req: Request) -> Iterator[None]:
         adder.rem_total_token_offset += reserved
 
 
-def cache_prompt_only(cache: Callable[..., None], req: Request, tree_cache: Any, **kwargs: Any) -> None:
-    """Insert at most the prompt of a retracted request into the radix tree; other requests as stock does."""
+def cache_dense_prefix(cache: Callable[..., None], req: Request, tree_cache: Any, **kwargs: Any) -> None:
+    """Insert at most the prompt of a retracted request into the radix tree; other requests as stock does.
+
+    What the tree owned already stays owned and locked, also where it reaches into the output: another request with
+    the same prompt may have left its first outputs there, and this one reads their slots until it is released.
+    """
     start, end = req.extend_range
-    prompt_len = len(req.origin_input_ids)
-    if not req.retracted_stain or end <= prompt_len:
+    dense_end = max(len(req.origin_input_ids), protected_len(req))
+    if not req.retracted_stain or end <= dense_end:
         cache(req, tree_cache, **kwargs)
         return
-    req.set_extend_range(min(start, prompt_len), prompt_len)
+    req.set_extend_range(min(start, dense_end), dense_end)
     try:
         cache(req, tree_cache, **kwargs)
     finally:

@@ -17,7 +17,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.assembly import Attachment
 from hardkv_sglang.engine.memory_budget import left_for_pool
-from hardkv_sglang.engine.overrides import override_error
+from hardkv_sglang.engine.overrides import is_opted_out, override_error
 from hardkv_sglang.engine.refusals.models import refused_model
 from hardkv_sglang.engine.request import Request
 
@@ -60,10 +60,12 @@ def after_init_attention_backends(hardkv: Attachment, _result: None, model_runne
     hardkv.attach(model_runner)
 
 
-def before_init_req_max_new_tokens(hardkv: Attachment, _scheduler: Any, req: Request) -> None:
-    """init_req_max_new_tokens(self, req): runs once per incoming request, before it is queued."""
+def before_add_request_to_queue(hardkv: Attachment, _scheduler: Any, req: Request, *_args: Any, **_kwargs: Any) -> None:
+    """_add_request_to_queue(self, req, is_retracted): SGLang has checked every field and refuses nothing after this."""
+    if compat.is_ending(req):
+        return
     problem = override_error(compat.custom_params(req))
-    if problem is not None and not req.finished():
+    if problem is not None:
         req.set_finish_with_abort(problem)
 
 
@@ -97,7 +99,10 @@ def around_maybe_cache_unfinished_req(
 ) -> None:
     """maybe_cache_unfinished_req(req, tree_cache): a retracted request re-prefills its own output; the tree must
     not own that part, or it could never be compressed again."""
-    compat.cache_prompt_only(original, req, tree_cache, **kwargs)
+    if is_opted_out(compat.custom_params(req)):
+        original(req, tree_cache, **kwargs)
+    else:
+        compat.cache_dense_prefix(original, req, tree_cache, **kwargs)
 
 
 def around_add_one_req(
@@ -166,8 +171,8 @@ RUNTIME_HOOKS = (
         HookType.AFTER, after_init_attention_backends, "tables and decode attention",
     ),
     Hook(
-        "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
-        HookType.BEFORE, before_init_req_max_new_tokens, "refuse a malformed per-request override",
+        "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
+        HookType.BEFORE, before_add_request_to_queue, "refuse a malformed per-request override",
     ),
     Hook(
         "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode",

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -30,7 +30,7 @@ class Sampling(Protocol):
 
     max_new_tokens: int
     ignore_eos: bool
-    custom_params: dict[str, Any] | None
+    custom_params: object  # what the client sent
 
 
 class Request(Protocol):
@@ -48,6 +48,7 @@ class Request(Protocol):
     req_pool_idx: int  # not read before the request has a row
     kv: KVInfo | None
     kv_committed_len: int
+    to_finish: object  # why the request is to end; None while it goes on
 
     def finished(self) -> bool:
         """Whether the request has ended."""
