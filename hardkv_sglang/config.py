@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from os import PathLike, fspath
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from hardkv_sglang.generated import write_or_print
 
 SUPPORTED_PAGE_SIZES = (16, 32, 64)
+MOST_CHARACTERS = 120  # of a value in a message
 
 
 def option(
@@ -111,6 +114,12 @@ class HardKVConfig:
         low=1, high=1 << 20,
     )  # fmt: skip
     sink_tokens: int = option(4, "tokens", "streaming policy: oldest candidates that are kept", low=0, high=65536)
+    request_reports: int = option(
+        0, "requests",
+        "last compressed requests that /server_info lists with their ids and lengths, for tests and debugging: whoever "
+        "may ask for it sees the requests of all clients",
+        low=0, high=4096,
+    )  # fmt: skip
     priors: str | None = option(
         None,
         "path",
@@ -152,13 +161,13 @@ class HardKVConfig:
     def from_mapping(cls, given: Mapping[str, Any]) -> HardKVConfig:
         """Build from parsed JSON or YAML. Raises `ValueError` for an unknown key, listing the known ones."""
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(given) - set(known))
+        unknown = [key for key in given if key not in known]
         if unknown:
-            raise ValueError(f"unknown option {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+            raise ValueError(f"unknown option {', '.join(map(brief, unknown))}; known: {', '.join(known)}")
         return cls(**given)
 
     @classmethod
-    def parse(cls, source: str | Mapping[str, Any] | None) -> HardKVConfig:
+    def parse(cls, source: str | PathLike[str] | Mapping[str, Any] | None) -> HardKVConfig:
         """Read options from a mapping, a JSON object, or the path of a JSON file.
 
         Raises `ValueError` when the source is none of these, or an option is refused.
@@ -167,18 +176,20 @@ class HardKVConfig:
             return cls()
         if isinstance(source, Mapping):
             return cls.from_mapping(source)
-        text = source.strip()
+        if not isinstance(source, str | PathLike):
+            raise ValueError(
+                f"kv_compression_config={brief(source)} must be a mapping, a JSON object or the path of a JSON file, "
+                f"not {type(source).__name__}"
+            )
+        text = source.strip() if isinstance(source, str) else fspath(source)
         if not text.startswith("{"):
-            path = Path(text).expanduser()
-            if not path.is_file():
-                raise ValueError(f"{text!r} is neither a JSON object nor a readable file")
-            text = path.read_text()
+            text = _read_text(text)
         try:
             given = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not valid JSON: {error}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"kv_compression_config is not valid JSON: {error}") from error
         if not isinstance(given, dict):
-            raise ValueError(f"expected a JSON object, got {type(given).__name__}")
+            raise ValueError(f"kv_compression_config must be a JSON object, got {type(given).__name__}")
         return cls.from_mapping(given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,6 +199,22 @@ class HardKVConfig:
     def with_options(self, **changes: Any) -> HardKVConfig:
         """A validated copy with some options changed."""
         return replace(self, **changes)
+
+
+def brief(value: object) -> str:
+    """A value for a message, in at most `MOST_CHARACTERS` characters and at any depth."""
+    shortener = Repr()
+    shortener.maxlevel, shortener.maxstring = 2, MOST_CHARACTERS
+    text = shortener.repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text()
+    except (OSError, ValueError, RuntimeError) as error:
+        # no such file, no permission, not UTF-8, a name that no file system takes, no such home directory
+        raise ValueError(f"kv_compression_config={brief(path)} is neither a JSON object nor a readable file") from error
 
 
 def describe_range(f: Field[Any]) -> str:
@@ -207,18 +234,18 @@ def _check_option(f: Field[Any], value: Any) -> None:
         return
     if meta["choices"]:
         if value not in meta["choices"]:
-            raise ValueError(f"{f.name}={value!r} is not one of: {describe_range(f)}")
+            raise ValueError(f"{f.name}={brief(value)} is not one of: {describe_range(f)}")
         return
     if meta["low"] is None:
         if not isinstance(value, str):
-            raise ValueError(f"{f.name}={value!r} must be a {meta['unit']}: {describe_range(f)}")
+            raise ValueError(f"{f.name}={brief(value)} must be a {meta['unit']}: {describe_range(f)}")
         return
     numeric = (int, float) if isinstance(f.default, float) else (int,)
     if isinstance(value, bool) or not isinstance(value, numeric):
         kind = numeric[-1].__name__
-        raise ValueError(f"{f.name}={value!r} must be a {kind} in {describe_range(f)} ({meta['unit']})")
+        raise ValueError(f"{f.name}={brief(value)} must be a {kind} in {describe_range(f)} ({meta['unit']})")
     if not meta["low"] <= value <= meta["high"]:
-        raise ValueError(f"{f.name}={value!r} is out of range: {describe_range(f)} ({meta['unit']})")
+        raise ValueError(f"{f.name}={brief(value)} is out of range: {describe_range(f)} ({meta['unit']})")
 
 
 def options_table() -> str:

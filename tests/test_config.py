@@ -77,11 +77,47 @@ def test_sources_agree(tmp_path: Path) -> None:
         ("nowhere.json", "neither a JSON object nor a readable file"),
         ("{bad", "not valid JSON"),
         ("{}[]", "not valid JSON"),
+        ('{"top_p":' + "[" * 100_000, "not valid JSON"),
+        ("[1]", "neither a JSON object nor a readable file"),
+        ("x" * 100_000, "neither a JSON object nor a readable file"),
+        ("a\0b", "neither a JSON object nor a readable file"),
+        ("~nobody-has-this-name/x", "neither a JSON object nor a readable file"),
+        ("/", "neither a JSON object nor a readable file"),
+        (Path("nowhere.json"), "neither a JSON object nor a readable file"),
+        (5, "must be a mapping, a JSON object or the path of a JSON file, not int"),
+        (True, "not bool"),
+        (["top_p"] * 100_000, "not list"),
+        (b"{}", "not bytes"),
     ],
+    ids=lambda value: str(value)[:20],
 )
-def test_unreadable_sources(source: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_unreadable_sources(source: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"kv_compression_config.*{message}") as caught:
         HardKVConfig.parse(source)
+    assert len(str(caught.value)) < 400
+
+
+def test_sources_of_other_encodings_and_keys(tmp_path: Path) -> None:
+    file = tmp_path / "options.json"
+    file.write_bytes(b"{\xff}")
+    with pytest.raises(ValueError, match="nor a readable file"):
+        HardKVConfig.parse(file)
+    file.write_text('{"top_p": 0.7}')
+    assert HardKVConfig.parse(file) == HardKVConfig(top_p=0.7)
+    given: dict[Any, Any] = {3: 1, "x" * 100_000: 2, None: 3}
+    with pytest.raises(ValueError, match="unknown option 3, 'x") as caught:
+        HardKVConfig.parse(given)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["policy", "top_p", "priors"])
+def test_long_values_are_shortened(name: str) -> None:
+    for value in ("x" * 1_000_000, ["x"] * 1_000_000, {"a": ["x" * 1_000_000]}, float("nan"), b"x" * 1_000_000):
+        if name == "priors" and isinstance(value, str):
+            continue
+        with pytest.raises(ValueError, match=f"^{name}=") as caught:
+            HardKVConfig.from_mapping({name: value})
+        assert len(str(caught.value)) < 400
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ OPTIONS = {
     "select_interval": 32,
     "condense_interval": 96,
     "min_tokens": 8,
+    "request_reports": 8,
 }
 SYSTEM_PROMPT = (
     "You are a patient teacher. You explain things step by step, with many small examples, and you never stop "

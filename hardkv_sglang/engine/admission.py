@@ -18,10 +18,12 @@ from hardkv_sglang.lifecycle.request_state import RequestState
 class Admission:
     """Admits a request if the forecast peak of all requests leaves room for the largest copy."""
 
-    def __init__(self, planner: LifecyclePlanner, relief: PressureRelief, states: Mapping[str, RequestState]) -> None:
+    def __init__(
+        self, planner: LifecyclePlanner, relief: PressureRelief, states: Mapping[Request, RequestState]
+    ) -> None:
         self.planner = planner
         self.relief = relief
-        self.states = states  # by request id
+        self.states = states  # by request
         self.output_length = OutputLength()
         self.forecast = UsageForecast(planner.cfg)
         self.layout = planner.cfg.layout
@@ -45,11 +47,11 @@ class Admission:
         What relief looks ahead over beyond that is not set aside: it then runs some events early, which costs less than
         the requests that would have to wait.
         """
-        views = [(self.states[r.rid], compat.committed_len(r)) for r in reqs if r.rid in self.states]
+        views = [(self.states[r], compat.committed_len(r)) for r in reqs if r in self.states]
         return self.relief.copy_pages(views) * self.layout.page_size
 
     def _running_outlook(self, req: Request) -> Outlook:
-        state = self.states.get(req.rid)
+        state = self.states.get(req)
         seq_len = compat.committed_len(req)
         if state is None:
             # just prefilled, or dense for good

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ class Audit:
     """Reads what planner, executor and SGLang wrote; writes nothing."""
 
     memory: RankMemory
-    states: dict[str, RequestState]  # by request id
+    states: Mapping[Request, RequestState]  # by request
     is_parallel: bool  # page counts are the maximum over several ranks
 
     def check(self, reqs: list[Request], tree_cache: Any) -> None:
@@ -37,17 +38,18 @@ class Audit:
         for req in reqs:
             if not compat.holds_kv(req):
                 continue
-            row = self.memory.req_to_token[compat.row_of(req)]
-            state = self.states.get(req.rid)
+            number = compat.row_of(req)
+            row = self.memory.req_to_token[number]
+            state = self.states.get(req)
             start, end = compat.protected_len(req), compat.allocated_len(req)
             if state is None or not state.is_compressed:
-                owners[f"request {req.rid}"] = row[start:end:page_size] // page_size
+                owners[f"row {number}"] = row[start:end:page_size] // page_size
                 continue
             own_prefix = row[start : state.prefix_end : page_size]
             dense = row[state.condensed_end : end : page_size]
-            owners[f"request {req.rid}"] = torch.cat((own_prefix, dense)) // page_size
+            owners[f"row {number}"] = torch.cat((own_prefix, dense)) // page_size
             if state.num_condensed_pages:
-                owners[f"condensed {req.rid}"] = state.condensed_slots[::page_size] // page_size
+                owners[f"condensed pages of row {number}"] = state.condensed_slots[::page_size] // page_size
                 self._check_tables(state)
         check_ownership(owners, self.memory.layout.num_slots // page_size - 1)
 

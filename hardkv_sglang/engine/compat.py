@@ -175,10 +175,23 @@ def attention_layers(model: torch.nn.Module) -> list[Any]:
 
 def tree_slots(tree_cache: Any) -> torch.Tensor:
     """Slots owned by the radix tree, page after page; empty for a chunk cache."""
-    if tree_cache.is_chunk_cache() or not tree_cache.root_node.children:
+    if tree_cache.is_chunk_cache():
         return torch.empty(0, dtype=torch.int64)
-    slots: torch.Tensor = tree_cache.all_values_flatten()
-    return slots
+    # SGLang's own walk recurses: a conversation of a thousand turns is a path of as many nodes
+    values, nodes = [], [tree_cache.root_node]
+    while nodes:
+        children = nodes.pop().children.values()
+        values += [child.value for child in children]
+        nodes += children
+    return torch.cat(values) if values else torch.empty(0, dtype=torch.int64)
+
+
+def checks_every_step() -> bool:
+    """Whether SGLang runs with its strict memory checks, which prove every page of every step and end the server."""
+    from sglang.srt.environ import envs
+
+    busy, pages = envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY, envs.SGLANG_CHECK_KV_PAGE_INVARIANTS
+    return bool(busy.get() or pages.get())
 
 
 def active_requests(last_batch: Any, running_batch: Any) -> list[Request]:
@@ -186,7 +199,7 @@ def active_requests(last_batch: Any, running_batch: Any) -> list[Request]:
     batches = [last_batch]
     if running_batch is not None and running_batch is not last_batch:
         batches.append(running_batch)
-    return list({req.rid: req for batch in batches if batch is not None for req in batch.reqs}.values())
+    return list(dict.fromkeys(req for batch in batches if batch is not None for req in batch.reqs))
 
 
 def num_tokens(req: Request) -> int:

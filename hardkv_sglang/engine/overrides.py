@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 from difflib import SequenceMatcher
 from itertools import islice
-from reprlib import Repr
+
+from hardkv_sglang.config import brief
 
 KEY = "kv_compression"
 CHOICES = ("none", "hardkv")
@@ -18,12 +19,9 @@ MOST_KEYS = 64
 ALIKE = 0.92
 """Similarity from which a key is taken for a misspelling: one letter wrong, missing or too many, or two swapped."""
 
-MOST_CHARACTERS = 120
-"""Of a client's value in a message: it is sent back and logged."""
-
 
 def override_error(custom_params: object) -> str | None:
-    """What is wrong with a request's override, in a line of bounded length; None when nothing is."""
+    """What is wrong with a request's override, None when nothing is. Short: it is sent back and logged."""
     if not isinstance(custom_params, Mapping):
         return None
     if KEY not in custom_params:
@@ -32,7 +30,7 @@ def override_error(custom_params: object) -> str | None:
     value = custom_params[KEY]
     if isinstance(value, str) and value in CHOICES:
         return None
-    return f"custom_params[{KEY!r}] must be one of {', '.join(map(repr, CHOICES))}; got {_shorten(value)}"
+    return f"custom_params[{KEY!r}] must be one of {', '.join(map(repr, CHOICES))}; got {brief(value)}"
 
 
 def is_opted_out(custom_params: object) -> bool:
@@ -52,10 +50,3 @@ def _is_alike(key: str) -> bool:
     # "KV-Compression" and "kvCompression" differ from our key in no letter
     letters = re.sub(r"[^a-z0-9]", "", key.lower())
     return SequenceMatcher(None, letters, KEY.replace("_", "")).ratio() >= ALIKE
-
-
-def _shorten(value: object) -> str:
-    shortener = Repr()
-    shortener.maxlevel = 2
-    text = shortener.repr(value)
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."

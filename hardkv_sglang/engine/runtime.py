@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from hardkv_sglang.observability.metrics import HardKVMetrics
 
 
+logger = logging.getLogger(__name__)
+
+
 class HardKVRuntime:
     """Made by `assembly.build_runtime` once the model and its pool exist. Owned by the scheduler thread."""
 
@@ -36,13 +40,15 @@ class HardKVRuntime:
         self.executor = executor
         self.backend = backend
         self.cfg: ResolvedConfig = executor.memory.cfg
-        self.states: dict[str, RequestState] = {}  # by request id: running requests that decode under HARD-KV
+        # by SGLang's request object, running requests that decode under HARD-KV: clients choose ids, and two that run
+        # at once may have the same
+        self.states: dict[Request, RequestState] = {}
         self.planner = LifecyclePlanner(self.cfg)
         self.prefixes = PrefixGrouper(self.cfg.min_shared_tokens, self.cfg.layout.num_slots)
         self.relief = PressureRelief(self.planner)
         self.admission = Admission(self.planner, self.relief, self.states)
         self.audit = Audit(executor.memory, self.states, executor.tp_group is not None)
-        self.statistics = Statistics()
+        self.statistics = Statistics.keeping(self.cfg.options.request_reports)
         self.pending: list[StepPlan] = []  # planned by the scheduler, not yet launched
         self.idle_check_due = False  # something ran since the last check of an idle server
         self.metrics: HardKVMetrics | None = None  # None on a rank that reports no Prometheus metrics
@@ -54,7 +60,7 @@ class HardKVRuntime:
         for req in batch.reqs:
             if is_opted_out(compat.custom_params(req)):
                 continue
-            state = self.states.get(req.rid)
+            state = self.states.get(req)
             if state is None:
                 state = self._admit(req)
             if not req.finished():
@@ -81,7 +87,7 @@ class HardKVRuntime:
             protected_len=compat.protected_len(req),
             seq_len=compat.committed_len(req),
         )
-        self.states[req.rid] = state
+        self.states[req] = state
         return state
 
     def launch(self, batch: Any) -> list[SelectReport]:
@@ -109,7 +115,7 @@ class HardKVRuntime:
         return reports
 
     def _aged_tokens(self, req: Request) -> int:
-        state = self.states.get(req.rid)
+        state = self.states.get(req)
         return state.recent_start - state.prefix_end if state is not None and state.is_compressed else 0
 
     def settle(self, reports: list[SelectReport]) -> None:
@@ -128,7 +134,7 @@ class HardKVRuntime:
 
     def release(self, req: Request, tree_cache: Any) -> None:
         """Before SGLang releases a request: free what compression owns, leave only exact KV to SGLang."""
-        state = self.states.pop(req.rid, None)
+        state = self.states.pop(req, None)
         if req.finished():
             self.admission.output_length.add_end()
         if state is None:
@@ -139,7 +145,7 @@ class HardKVRuntime:
         allocated = compat.allocated_len(req)
         if state.is_compressed:
             report = RequestReport.of(req.rid, state, compat.settled_len(req), self.cfg.layout.page_size)
-            self.statistics.reports.append(report)
+            self.statistics.count_end(report)
         left = self.planner.release(state, allocated, self._allocator(tree_cache))
         if left != allocated:
             compat.truncate_kv(req, left)
@@ -147,23 +153,37 @@ class HardKVRuntime:
     def uncached_tokens(self, reqs: list[Request]) -> int:
         """Pool tokens that these requests hold less than their lengths say (negative: more)."""
         page_size = self.cfg.layout.page_size
-        states = [self.states[req.rid] for req in reqs if req.rid in self.states]
+        states = [self.states[req] for req in reqs if req in self.states]
         return sum(s.condensed_end - s.prefix_end - s.num_condensed_pages * page_size for s in states)
 
     def check_idle(self, tree_cache: Any) -> None:
-        """`check_integrity` of a server without requests, once after each busy period: SGLang polls while idle.
+        """Look after a server without requests, once after each busy period: SGLang polls while idle.
 
-        Raises `IntegrityError`.
+        With SGLang's strict memory checks, prove that every page has one owner; raises `IntegrityError`. Without them,
+        as in production, nothing is read from the device: what requests have left behind is logged and dropped, and
+        whether pages are missing is for SGLang's own count to say, which has just passed.
         """
         if not self.idle_check_due:
             return
-        if self.states:
-            raise IntegrityError(f"the idle server holds compression state of requests {sorted(self.states)}")
-        if len(self.planner.free_ring_slots) != self.cfg.num_ring_slots:
-            raise IntegrityError("the idle server records queries of requests that have ended")
-        self.check_integrity([], tree_cache)
-        self.publish_metrics()
         self.idle_check_due = False
+        problem = self._leftovers()
+        if compat.checks_every_step():
+            if problem is not None:
+                raise IntegrityError(problem)
+            self.check_integrity([], tree_cache)
+        elif problem is not None:
+            logger.error("HARD-KV: %s; please report this", problem)
+            for state in self.states.values():
+                self.planner.stop_observing(state)
+            self.states.clear()
+        self.publish_metrics()
+
+    def _leftovers(self) -> str | None:
+        if self.states:
+            return f"the idle server holds compression state of rows {[s.row for s in self.states.values()]}"
+        if len(self.planner.free_ring_slots) != self.cfg.num_ring_slots:
+            return "the idle server records queries of requests that have ended"
+        return None
 
     def check_integrity(self, reqs: list[Request], tree_cache: Any) -> None:
         """See `Audit.check`."""

@@ -13,8 +13,8 @@ from typing import Any
 from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.lifecycle.step_plan import StepPlan
 
-REPORTS_KEPT = 64
-HIDDEN = ("reports", "kept_mass_sum", "is_rescued")  # fields that /server_info derives others from
+MOST_RID = 64  # characters of a request id in a report: clients choose their lengths
+HIDDEN = ("reports", "finished", "kept_mass_sum", "is_rescued")  # fields that /server_info derives others from
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RequestReport:
         kept = state.kept_counts or [0]
         deciles = quantiles(kept, n=10, method="inclusive") if len(kept) > 1 else [float(kept[0])] * 9
         return cls(
-            rid=rid,
+            rid=rid[:MOST_RID],
             num_tokens=num_tokens,
             decoded_tokens=num_tokens - state.decode_start,
             select_events=state.num_selects,
@@ -53,6 +53,25 @@ class RequestReport:
             kept_p90=deciles[8],
             kept_max=max(kept),
         )
+
+
+@dataclass
+class FinishedTotals:
+    """Sums over all requests that ended compressed: what everybody may see of them."""
+
+    requests: int = 0
+    num_tokens: int = 0
+    decoded_tokens: int = 0
+    dense_pages: int = 0
+    held_pages: int = 0
+
+    def add(self, report: RequestReport) -> None:
+        """Add one request."""
+        self.requests += 1
+        self.num_tokens += report.num_tokens
+        self.decoded_tokens += report.decoded_tokens
+        self.dense_pages += report.dense_pages
+        self.held_pages += report.held_pages
 
 
 @dataclass
@@ -73,7 +92,13 @@ class Statistics:
     infeasible_lists: int = 0  # lists for which no temperature reaches the target
     event_seconds: float = 0.0  # host time of planning and launching events
     is_rescued: bool = False  # whether the last step fitted only because of early events
-    reports: deque[RequestReport] = field(default_factory=lambda: deque(maxlen=REPORTS_KEPT))
+    finished: FinishedTotals = field(default_factory=FinishedTotals)
+    reports: deque[RequestReport] = field(default_factory=lambda: deque(maxlen=0))
+
+    @classmethod
+    def keeping(cls, num_reports: int) -> Statistics:
+        """Counters at zero that will keep the reports of so many finished requests."""
+        return cls(reports=deque(maxlen=num_reports))
 
     def count_plan(self, plan: StepPlan) -> None:
         """Add one step's events."""
@@ -83,6 +108,11 @@ class Statistics:
         self.early_events += plan.early
         self.freed_pages += plan.freed_pages
         self.allocated_pages += plan.allocated_pages
+
+    def count_end(self, report: RequestReport) -> None:
+        """Add a request that ends after at least one event."""
+        self.finished.add(report)
+        self.reports.append(report)
 
     def count_rescue(self, is_rescue: bool) -> None:
         """Note whether this step fits only because of early events; a run of such steps counts once."""
@@ -117,7 +147,7 @@ class Statistics:
         return self.kept_tokens / self.candidate_tokens if self.candidate_tokens else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable counters and recent reports."""
+        """JSON-serialisable counters, and the reports that the operator asked for."""
         counters = {k: v for k, v in vars(self).items() if k not in HIDDEN}
         means = {"kept_fraction": self.kept_fraction, "kept_mass": self.kept_mass}
-        return {**counters, **means, "requests": [asdict(r) for r in self.reports]}
+        return {**counters, **means, "finished": asdict(self.finished), "requests": [asdict(r) for r in self.reports]}

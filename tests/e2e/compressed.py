@@ -42,7 +42,8 @@ STOCK = MappingProxyType({"max-total-tokens": POOL_TOKENS, "chunked-prefill-size
 
 
 def compressed(options: dict[str, Any], **flags: Any) -> dict[str, Any]:
-    """Flags of a compressing server, otherwise as `STOCK`."""
+    """Flags of a compressing server that lists finished requests, otherwise as `STOCK`."""
+    options = {"request_reports": 64, **options}
     return {**STOCK, "kv-compression": "hardkv", "kv-compression-config": json.dumps(options), **flags}
 
 

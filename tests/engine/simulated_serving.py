@@ -64,7 +64,7 @@ class Serving:
     seed: int = 0
     is_checked: bool = False  # prove every invariant at every step
     running: list[Request] = field(default_factory=list)
-    states: dict[str, RequestState] = field(default_factory=dict)
+    states: dict[Request, RequestState] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=Statistics)
     decode_steps: int = 0
     sum_running: int = 0
@@ -146,7 +146,7 @@ class Serving:
 
     def release(self, req: Request) -> None:
         row, left = req.req_pool_idx, req.kv_committed_len
-        state = self.states.pop(req.rid, None)
+        state = self.states.pop(req, None)
         if state is not None:
             left = self.planner.release(state, left, self.pool)
         self.pool.free_row(row, 0, left)
@@ -159,11 +159,11 @@ class Serving:
             if not op.state.released:
                 self.settle(op.state)
         for req in self.running:
-            if req.rid not in self.states:
-                self.states[req.rid] = self.planner.admit(
+            if req not in self.states:
+                self.states[req] = self.planner.admit(
                     req.req_pool_idx, req.num_prompt, req.num_prompt // PAGE * PAGE, req.kv_committed_len
                 )
-        views = [(self.states[r.rid], r.kv_committed_len) for r in self.running]
+        views = [(self.states[r], r.kv_committed_len) for r in self.running]
         seq_lens, free = [r.kv_committed_len for r in self.running], len(self.pool.free)
         self.statistics.count_rescue(self.relief.is_rescue(views, seq_lens, free))
         self.pool.log.clear()

@@ -91,7 +91,7 @@ rows.alloc(running)
 for req in running:
     slots = allocator.alloc(2 * PAGE)
     req.kv_committed_len, req.kv = 40, ReqKvInfo(kv_allocated_len=40, swa_evicted_seqlen=0)
-    states[req.rid] = planner.admit(int(req.req_pool_idx), 40, 32, 40)
+    states[req] = planner.admit(int(req.req_pool_idx), 40, 32, 40)
 batch = adder(running)
 reserved = batch.rem_total_token_offset
 assert reserved >= len(running) * MOST * 0.7
