@@ -20,6 +20,8 @@ from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.reference import State
 
+pytestmark = pytest.mark.slow
+
 PROMPT, DECODED = 40, 240
 SHORT: dict[str, Any] = {
     "recent_tokens": 32,

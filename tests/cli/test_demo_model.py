@@ -15,6 +15,8 @@ from hardkv_sglang.cli import demo_model, demo_weights
 from hardkv_sglang.cli.demo_model import DemoModelError, demo_model_path, is_complete
 from hardkv_sglang.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:

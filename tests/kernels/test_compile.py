@@ -11,6 +11,8 @@ import pytest
 
 import hardkv_sglang
 
+pytestmark = pytest.mark.slow
+
 KERNELS = Path(hardkv_sglang.__file__).parent / "kernels"
 
 
