@@ -6,6 +6,7 @@ Hook functions take the attachment first, then the arguments of their kind: BEFO
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,9 @@ from hardkv_sglang.engine.memory_budget import left_for_pool
 from hardkv_sglang.engine.overrides import is_opted_out, override_error
 from hardkv_sglang.engine.refusals.models import refused_model
 from hardkv_sglang.engine.request import Request
+from hardkv_sglang.engine.reviewed_sources import PINNED, REVIEWED, installed_release, unreviewed
+
+logger = logging.getLogger(__name__)
 
 SOURCE = HookSource("hardkv", "hardkv-sglang")
 
@@ -232,14 +236,16 @@ RUNTIME_HOOKS = (
 def install(hooks: tuple[Hook, ...], hardkv: Attachment) -> None:
     """Bind the hooks to an attachment, patch SGLang and verify every target.
 
-    Raises `HookError` if a target does not exist, was patched before, or does not end up calling our function.
+    Raises `HookError` if a target does not exist, was patched before, is not the function that was reviewed, or does
+    not end up calling our function.
     """
     missing = [hook.target for hook in hooks if not _exists(hook.target)]
     if missing:
-        raise HookError(f"this SGLang has no {', '.join(missing)}; HARD-KV is pinned to sglang==0.5.17")
+        raise HookError(f"this SGLang has no {', '.join(missing)}; HARD-KV is pinned to sglang=={PINNED}")
     taken = [hook.target for hook in hooks if hook.target in HookRegistry._patched]
     if taken:
         raise HookError(f"another plugin already patched {', '.join(taken)}; disable it with SGLANG_PLUGINS=hardkv")
+    check_sources([hook.target for hook in hooks])
     bound = [(hook.target, partial(hook.function, hardkv), hook.kind) for hook in hooks]
     for target, function, kind in bound:
         HookRegistry.register(target, function, kind, source=SOURCE)
@@ -247,6 +253,27 @@ def install(hooks: tuple[Hook, ...], hardkv: Attachment) -> None:
     shadowed = [target for target, function, _ in bound if not is_called(target, function)]
     if shadowed:
         raise HookError(f"hooks were not applied or are shadowed: {', '.join(shadowed)}; see the log above")
+
+
+def check_sources(targets: list[str]) -> None:
+    """Compare the host functions with those that were reviewed.
+
+    Raises `HookError` for a difference in a reviewed release; another release logs a warning that names the functions.
+    """
+    release = installed_release()
+    changed = unreviewed(targets, release)
+    if not changed:
+        return
+    names = ", ".join(changed)
+    if release in REVIEWED:
+        raise HookError(
+            f"the installed sglang {release} is not the reviewed one: {names} changed. Install sglang=={release} "
+            "again, without patches and without plugins that replace these functions"
+        )
+    logger.warning(
+        "HARD-KV: sglang %s has functions that were not reviewed: %s. Serve with sglang==%s, or read them against "
+        "docs/design.md and add their hashes to engine/reviewed_sources.py", release, names, PINNED,
+    )  # fmt: skip
 
 
 def is_called(target: str, function: Callable[..., Any]) -> bool:

@@ -51,7 +51,7 @@ DENSE = {"kv_compression": "none"}
 class World:
     """One rank without a model: SGLang's tree, rows and allocator, and our runtime over them."""
 
-    def __init__(self, has_tree: bool = True) -> None:
+    def __init__(self, has_tree: bool = True, options: HardKVConfig = OPTIONS) -> None:
         self.rows = ReqToTokenPool(size=8, max_context_len=MAX_LEN, device="cpu", enable_memory_saver=False)
         self.allocator = TorchPagedAllocator(NUM_PAGES * PAGE, PAGE, torch.bfloat16, "cpu", None, False)
         params = CacheInitParams(
@@ -60,7 +60,7 @@ class World:
         )  # fmt: skip
         self.tree = (RadixCache if has_tree else ChunkCache)(params)
         layout = PoolLayout(num_layers=2, num_kv_heads=2, head_dim=64, page_size=PAGE, num_slots=(NUM_PAGES + 1) * PAGE)
-        cfg = ResolvedConfig(OPTIONS, layout, 4, 0.125, self.rows.req_to_token.shape[0], MAX_LEN)
+        cfg = ResolvedConfig(options, layout, 4, 0.125, self.rows.req_to_token.shape[0], MAX_LEN)
         tables = DeviceTables.allocate(cfg, torch.float32, torch.device("cpu"))
         memory = SimpleNamespace(
             cfg=cfg, layout=layout, tables=tables, req_to_token=self.rows.req_to_token, k_storage=torch.empty(0)
@@ -385,6 +385,27 @@ def a_refusal_is_queued_as_sglang_queues_its_own() -> None:
             assert req.to_finish.message == "first"
 
 
+def finished_requests_are_sums_unless_asked_for() -> None:
+    """get_internal_state: by default nobody's id or length is shown; ids in reports have a bounded length."""
+    prompt, output = prompt_and_output(40)
+    for num_reports in (0, 2):
+        world = World(options=OPTIONS.with_options(request_reports=num_reports))
+        rids = ["secret-1", "secret-2", "secret-3" + "x" * 1_000_000]
+        for rid in rids:
+            world.prefill(world.request(rid, prompt, output[:1]))
+            world.decode(200)
+            world.release(world.running[0])
+        answer: Any = SimpleNamespace(internal_state={})
+        hooks.after_get_internal_state(world.hardkv, answer, None, None)
+        block = answer.internal_state["hardkv"]
+        text = json.dumps(block)
+        assert len(block["requests"]) == num_reports
+        assert len(text) < 10_000
+        assert [rid[:8] in text for rid in rids] == [False, num_reports > 0, num_reports > 0]
+        assert block["finished"]["requests"] == 3
+        assert 0 < block["finished"]["held_pages"] < block["finished"]["dense_pages"]
+
+
 CASES = (
     retracted_request_keeps_what_the_tree_owned,
     release_leaves_exact_kv_only,
@@ -394,6 +415,7 @@ CASES = (
     idle_check_survives_deep_trees,
     idle_check_ends_the_server_in_strict_mode_only,
     a_refusal_is_queued_as_sglang_queues_its_own,
+    finished_requests_are_sums_unless_asked_for,
 )
 
 

@@ -74,7 +74,57 @@ assert target in message and "shadowed" in message, message
 """
 
 
-@pytest.mark.parametrize("case", [WITHOUT_AND_WITH_THE_FLAG, OTHER_PLUGINS], ids=["flag", "other plugins"])
+CHANGED_SOURCES = """
+import functools, logging
+from sglang.srt.mem_cache import common
+from hardkv_sglang.engine import reviewed_sources
+from hardkv_sglang.engine.reviewed_sources import PINNED, REVIEWED, installed_release, print_rows, source_hash
+
+targets = [hook.target for hook in RUNTIME_HOOKS]
+assert installed_release() == PINNED
+assert REVIEWED[PINNED] == {target: source_hash(target) for target in targets}
+
+messages = []
+class Listener(logging.Handler):
+    def emit(self, record):
+        messages.append(record.getMessage())
+logging.getLogger(hooks.__name__).addHandler(Listener())
+
+target, pristine, before = "sglang.srt.mem_cache.common.release_kv_cache", common.release_kv_cache, snapshot()
+
+@functools.wraps(pristine)
+def wrapper(*args, **kwargs):
+    return pristine(*args, **kwargs)
+common.release_kv_cache = wrapper
+hooks.check_sources(targets)
+assert not messages
+
+common.release_kv_cache = lambda *args, **kwargs: pristine(*args, **kwargs)
+message = expect(HookError, install, RUNTIME_HOOKS, Attachment(HardKVConfig()))
+assert target in message and PINNED in message, message
+assert not any(other in message for other in targets if other != target), message
+assert not {h.target for h in RUNTIME_HOOKS} & set(HookRegistry._patched), "nothing may be patched by then"
+
+hooks.installed_release = lambda: "0.5.18"
+hooks.check_sources(targets)
+(warning,) = messages
+assert target in warning and "0.5.18" in warning and PINNED in warning, warning
+common.release_kv_cache = pristine
+hooks.check_sources(targets)
+assert len(messages) == 1
+assert snapshot() == before
+
+# without its source a function cannot be compared: that is said, too
+exec("def release_kv_cache(req, tree_cache, is_insert=True): pass", vars(common))
+assert reviewed_sources.unreviewed([target], PINNED) == [target]
+"""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [WITHOUT_AND_WITH_THE_FLAG, OTHER_PLUGINS, CHANGED_SOURCES],
+    ids=["flag", "other plugins", "changed sources"],
+)
 def test_hooks(case: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PREAMBLE + case], capture_output=True, text=True, timeout=300, check=False

@@ -1,0 +1,96 @@
+"""Whether SGLang's hooked functions are those that were read when their contracts were written.
+
+`python -m hardkv_sglang.engine.reviewed_sources` prints the rows of the installed release, for `REVIEWED`. Read what
+has changed against docs/design.md, "Contracts with SGLang", before you replace a row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from importlib.metadata import version
+from pkgutil import resolve_name
+from textwrap import dedent
+
+PINNED = "0.5.17"
+
+REVIEWED: Mapping[str, Mapping[str, str]] = {
+    PINNED: {
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes":
+            "44968c414b76caa9",
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool":
+            "f13be7332f64f364",
+        "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends":
+            "339d4aa45ac99a15",
+        "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue":
+            "e7755aa541e9d279",
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode":
+            "d5a04da1cae5d816",
+        "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation":
+            "92db45e932b4adea",
+        "sglang.srt.managers.scheduler.Scheduler.process_batch_result":
+            "89adb4bce2136e96",
+        "sglang.srt.mem_cache.common.release_kv_cache":
+            "0fb7e224c7441212",
+        "sglang.srt.mem_cache.common.maybe_cache_unfinished_req":
+            "1711eac8200b7000",
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req":
+            "5e88d3ab43c32b9e",
+        "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes":
+            "a7e9f849094af112",
+        "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker.self_check_during_busy":
+            "645d85a0575c217f",
+        "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._check_req_pool":
+            "8e5ae3e42e583336",
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state":
+            "1dac0a0d07204d61",
+        "sglang.srt.managers.scheduler.Scheduler.init_model_worker":
+            "1175bfb3a44d6e2c",
+        "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats":
+            "1a2a111e2ab43c1a",
+        "sglang.srt.managers.scheduler_components.pool_stats_observer.PoolStats.get_decode_usage_msg_parts":
+            "36522e58e184fef3",
+    },
+}  # fmt: skip
+"""By release and hooked function: the start of the SHA-256 of its source."""
+
+DIGITS = 16
+
+
+def source_hash(target: str) -> str:
+    """Hash of a host function's source, as it is on disk: wrappers around it, ours or others', are looked through.
+
+    A function without readable source, or a wrapper that hides what it wraps, hashes to something else than reviewed.
+    """
+    function = inspect.unwrap(resolve_name(target))
+    try:
+        source = dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return "no source"
+    return sha256(source.encode()).hexdigest()[:DIGITS]
+
+
+def unreviewed(targets: Iterable[str], release: str) -> list[str]:
+    """Those of the targets whose source nobody has reviewed: against the rows of `release`, or of the pinned one."""
+    rows = REVIEWED.get(release, REVIEWED[PINNED])
+    return [target for target in targets if rows.get(target) != source_hash(target)]
+
+
+def installed_release() -> str:
+    """Version of the installed SGLang."""
+    return version("sglang")
+
+
+def print_rows() -> None:
+    """Print the rows of the installed release."""
+    from hardkv_sglang.engine.hooks import RUNTIME_HOOKS
+
+    print(f'    "{installed_release()}": {{')
+    for hook in RUNTIME_HOOKS:
+        print(f'        "{hook.target}":\n            "{source_hash(hook.target)}",')
+    print("    },")
+
+
+if __name__ == "__main__":
+    print_rows()
