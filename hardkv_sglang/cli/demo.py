@@ -1,7 +1,7 @@
 """`hardkv demo`: the whole path on the demo model, on this machine.
 
-Starts a real server with the flag, runs two concurrent streaming chats that share a system prompt, and shows what
-compression kept and what it gave back.
+Starts a real server with the flag, has it answer the same prompts twice, dense by opting out and compressed, and shows
+both answers, the pool during both rounds, and what compression kept and gave back.
 """
 
 from __future__ import annotations
@@ -10,190 +10,151 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from hardkv_sglang.cli.demo_view import DemoView
     from hardkv_sglang.cli.server_process import ServerProcess
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-# shorter intervals than the defaults, so that a minute of a small model on a CPU shows several events
+# far below the defaults, so that answers of a few hundred tokens see several events
 OPTIONS = {
-    "recent_tokens": 32,
-    "query_window": 16,
-    "select_interval": 32,
-    "condense_interval": 96,
-    "min_tokens": 8,
-    "request_reports": 8,
+    "recent_tokens": 64,
+    "query_window": 32,
+    "select_interval": 64,
+    "condense_interval": 64,
+    "min_tokens": 16,
+    "request_reports": 8,  # /server_info lists finished requests, for the table
 }
-SYSTEM_PROMPT = (
-    "You are a patient teacher. You explain things step by step, with many small examples, and you never stop "
-    "early: after every explanation you add another example, another question and its full answer. "
-) * 2
-QUESTIONS = (
-    "Explain how to plan a vegetable garden, month by month.",
-    "Tell a long story about a lighthouse keeper who learns to read the weather.",
+PAGE_SIZE = 16
+PROMPTS = (
+    "Explain how the water cycle works, step by step.",
+    "Write a letter to a friend about a week in the mountains.",
+    "Write a short story about a lighthouse keeper who learns to read the weather.",
 )
-COLORS = ("cyan", "magenta")
+ROUNDS = ("dense", "compressed")
+LOOK_S = 0.5  # between two looks at the pool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of one round."""
+
+    text: str
+    num_tokens: int
+    is_complete: bool  # the model ended it itself
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Declare the subcommand."""
-    text = "serve the demo model with compression, chat with it, and show what was kept and freed"
-    parser = subparsers.add_parser("demo", help=text, description=text)
-    parser.add_argument("--tokens", type=int, default=480, metavar="N", help="tokens per chat (default: %(default)s)")
+    text = "serve a small model with compression; show dense and compressed answers side by side, and what was freed"
+    parser = subparsers.add_parser("demo", help=text, description=f"{text[0].upper()}{text[1:]}. Takes some minutes.")
+    parser.add_argument(
+        "--tokens", type=int, default=480, metavar="N", help="most tokens of an answer (default: %(default)s)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 after a complete demonstration, 2 when the server or the model cannot be had."""
-    import torch
-    from rich.console import Console
+    try:
+        from openai import OpenAIError
 
-    from hardkv_sglang.cli.demo_model import DemoModelError, demo_model_path
-    from hardkv_sglang.cli.server_process import ServerError, ServerProcess
+        from hardkv_sglang.cli.demo_model import DemoModelError, demo_model_path
+        from hardkv_sglang.cli.demo_view import DemoView
+        from hardkv_sglang.cli.server_process import ServerError, ServerProcess
+        from hardkv_sglang.cli.snapshot import SnapshotError
+    except ImportError as error:
+        print(f"hardkv demo: needs {error.name}; run: pip install 'hardkv-sglang[demo]'", file=sys.stderr)
+        return 2
 
-    console = Console(highlight=False)
+    view = DemoView()
     try:
         model = demo_model_path()
         with tempfile.TemporaryDirectory(prefix="hardkv-demo-") as folder:
-            flags = {
-                "kv-compression": "hardkv",
-                "kv-compression-config": json.dumps(OPTIONS),
-                # attention kernels on a GPU want 16 bits, a CPU is twice as fast with 32
-                "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
-                "max-total-tokens": 16384,
-                "max-running-requests": 8,
-                "enable-cache-report": True,
-            }
-            server = ServerProcess(model, flags, {}, Path(folder) / "server.log")
+            server = ServerProcess(model, server_flags(), {}, Path(folder) / "server.log")
             try:
-                wait_with_progress(console, server)
-                demonstrate(console, server, args.tokens)
+                view.introduce(server, OPTIONS)
+                demonstrate(view, server, args.tokens)
             finally:
-                console.print("[dim]stopping the server[/]")
+                view.note("stopping the server")
                 server.stop()
-    except (DemoModelError, ServerError) as error:
+    except (DemoModelError, OpenAIError, ServerError, SnapshotError) as error:
         print(f"hardkv demo: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def wait_with_progress(console: Console, server: ServerProcess) -> None:
-    """Show that time passes and what the server does meanwhile."""
-    console.print(f"[bold]{server.command_text()}[/]")
-    with console.status("starting SGLang") as status:
-        server.wait_ready(lambda seconds, line: status.update(f"starting SGLang, {seconds:.0f} s  [dim]{line}[/]"))
-    console.print(f"server ready at {server.url}")
+def server_flags() -> dict[str, Any]:
+    """Flags of the server, without the leading dashes."""
+    import torch
+
+    return {
+        "kv-compression": "hardkv",
+        "kv-compression-config": json.dumps(OPTIONS),
+        # attention kernels on a GPU want 16 bits, a CPU is twice as fast with 32
+        "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
+        "page-size": PAGE_SIZE,
+        "max-total-tokens": 4096,
+        "max-running-requests": 8,
+    }
 
 
-def demonstrate(console: Console, server: ServerProcess, num_tokens: int) -> None:
-    """Two concurrent chats, then the tables."""
-    # one short chat first: it puts the system prompt into the radix cache, where the two others find it
-    chat(server, "Say hello.", 8, lambda text: None)
-    printer = InterleavedPrinter(console)
-    with ThreadPoolExecutor(len(QUESTIONS)) as executor:
-        futures = [
-            executor.submit(chat, server, question, num_tokens, lambda text, i=i: printer.feed(i, text))
-            for i, question in enumerate(QUESTIONS)
-        ]
-        replies = [future.result() for future in futures]
-    printer.close()
-    print_tables(console, server.server_info(), replies)
+def demonstrate(view: DemoView, server: ServerProcess, num_tokens: int) -> None:
+    """Both rounds, then the answers and the tables."""
+    # a first request pays for what a server does once, so that both rounds take what they take
+    ask(server, PROMPTS[0], "warm-up", ROUNDS[0], 4)
+    answers = [play_round(view, server, name, num_tokens) for name in ROUNDS]
+    for prompt, dense, compressed in zip(PROMPTS, *answers, strict=True):
+        view.compare(prompt, dense, compressed)
+    state = server.server_info()["internal_states"][0]["hardkv"]
+    reports = {report["rid"]: report for report in state["requests"]}
+    compressed_ids = [request_id(ROUNDS[1], i) for i in range(len(PROMPTS))]
+    view.summarise(state, [reports[rid] for rid in compressed_ids if rid in reports])
 
 
-def chat(server: ServerProcess, question: str, num_tokens: int, on_text: Any) -> Any:
-    """Stream one chat through the OpenAI SDK; returns the usage block."""
-    messages: Any = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
-    stream: Any = server.client().chat.completions.create(
+def play_round(view: DemoView, server: ServerProcess, name: str, num_tokens: int) -> list[Answer]:
+    """All prompts at once; the pool is watched until the last answer is there."""
+    with ThreadPoolExecutor(len(PROMPTS)) as executor:
+        running = []
+        for index, prompt in enumerate(PROMPTS):
+            running.append(executor.submit(ask, server, prompt, request_id(name, index), name, num_tokens))
+        watch(view, server, name, running)
+    return [future.result() for future in running]
+
+
+def watch(view: DemoView, server: ServerProcess, name: str, running: Sequence[Future[Answer]]) -> None:
+    """Show the pool twice a second while the round lasts."""
+    from hardkv_sglang.cli.snapshot import ServerView
+
+    eyes = ServerView(server.url)
+    with view.watching(name) as show:
+        while wait(running, timeout=LOOK_S).not_done:
+            show(eyes.read())
+
+
+def request_id(name: str, index: int) -> str:
+    """Id of a prompt's request in a round."""
+    return f"{name}-{index}"
+
+
+def ask(server: ServerProcess, prompt: str, rid: str, name: str, num_tokens: int) -> Answer:
+    """One answer through the OpenAI SDK, greedy: the same on every run. The penalty keeps so small a model from
+    repeating itself, dense or not."""
+    messages: Any = [{"role": "user", "content": prompt}]
+    override = {"kv_compression": "none" if name == ROUNDS[0] else "hardkv"}
+    reply = server.client().chat.completions.create(
         model="default",
         messages=messages,
         max_tokens=num_tokens,
-        temperature=0.7,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True},
+        temperature=0,
+        extra_body={"rid": rid, "repetition_penalty": 1.1, "custom_params": override},
     )
-    usage = None
-    for chunk in stream:
-        usage = chunk.usage or usage
-        if chunk.choices and chunk.choices[0].delta.content:
-            on_text(chunk.choices[0].delta.content)
-    return usage
-
-
-class InterleavedPrinter:
-    """Prints concurrent streams line by line, each under its own name and colour."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.partial = [""] * len(QUESTIONS)
-        self.lock = threading.Lock()
-
-    def feed(self, index: int, text: str) -> None:
-        """Take over a piece of text; complete lines and long ones are printed."""
-        with self.lock:
-            self.partial[index] += text
-            while (cut := self._break(self.partial[index])) >= 0:
-                self._print(index, self.partial[index][:cut])
-                self.partial[index] = self.partial[index][cut:].lstrip("\n ")
-
-    def close(self) -> None:
-        """Print what is left of each stream."""
-        for index, text in enumerate(self.partial):
-            self._print(index, text)
-
-    def _break(self, text: str) -> int:
-        newline, width = text.find("\n"), max(20, self.console.width - 10)
-        if 0 <= newline <= width:
-            return newline
-        return text.rfind(" ", 1, width) if len(text) > width else -1
-
-    def _print(self, index: int, line: str) -> None:
-        if line.strip():
-            self.console.print(f"[{COLORS[index]}]chat {index + 1} │[/] ", end="")
-            self.console.print(line.rstrip(), markup=False)
-
-
-def print_tables(console: Console, info: dict[str, Any], usages: list[Any]) -> None:
-    """What the chats held, and what the server did."""
-    from rich.table import Table
-
-    state = info["internal_states"][0]["hardkv"]
-    reports = [r for r in state["requests"] if r["select_events"]][-len(QUESTIONS) :]
-    page_bytes = state["page_bytes"]
-    table = Table("", *(f"chat {i + 1}" for i in range(len(reports))), title="what compression did")
-    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("tokens of KV", lambda r: f"{r['num_tokens']}"),
-        ("select / condense events", lambda r: f"{r['select_events']} / {r['condense_events']}"),
-        ("kept tokens per head, mean", lambda r: f"{r['kept_mean']:.0f}"),
-        (
-            "kept tokens per head, p10 / p90 / max",
-            lambda r: f"{r['kept_p10']:.0f} / {r['kept_p90']:.0f} / {r['kept_max']}",
-        ),
-        ("token pages, dense", lambda r: f"{r['dense_pages']}"),
-        ("token pages, held", lambda r: f"{r['held_pages']}"),
-        ("token pages, freed while running", lambda r: f"{r['dense_pages'] - r['held_pages']}"),
-        ("KV, dense", lambda r: f"{r['dense_pages'] * page_bytes / 1e6:.1f} MB"),
-        ("KV, held", lambda r: f"{r['held_pages'] * page_bytes / 1e6:.1f} MB"),
-    ]
-    for name, cell in rows:
-        table.add_row(name, *(cell(report) for report in reports))
-    console.print(table)
-    dense, held = (sum(r[key] for r in reports) for key in ("dense_pages", "held_pages"))
-    cached = [usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0 for usage in usages]
-    console.print(
-        f"events: {state['select_events']} select, {state['condense_events']} condense, "
-        f"{state['postponed_events']} postponed"
-    )
-    console.print(
-        f"token pages returned to SGLang while requests ran: {state['freed_pages'] - state['allocated_pages']}"
-    )
-    console.print(f"KV held at the end: {held} of {dense} token pages, {100 * held / dense:.0f} % of dense")
-    console.print(f"prompt tokens served from the shared prefix (radix cache): {cached}")
+    choice, usage = reply.choices[0], reply.usage
+    tokens = usage.completion_tokens if usage is not None else 0
+    return Answer((choice.message.content or "").strip(), tokens, choice.finish_reason == "stop")
