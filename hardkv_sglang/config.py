@@ -51,6 +51,22 @@ class HardKVConfig:
         "squared change that dropping makes",
         low=0.01, high=1.0,
     )  # fmt: skip
+    kept_share: float | None = option(
+        None, "fraction",
+        "budget=shared: kept tokens over those that left the recent window, mean over KV heads; null: top_p decides",
+        low=0.001, high=1.0, optional=True,
+    )  # fmt: skip
+    prior_weight: float = option(
+        0.0, "fraction",
+        "output metric: part of a KV head's energy that is expected on tokens whatever attention they got so far",
+        low=0.0, high=1.0,
+    )  # fmt: skip
+    remembered_weight: float = option(
+        0.0, "fraction",
+        "output metric: weight of what earlier select events measured, tokens of the recent window included; takes two "
+        "bytes per token and KV head",
+        low=0.0, high=0.99,
+    )  # fmt: skip
     calibration: str = option(
         "bisection", "name", "how a metric is mapped to probabilities before Top-p",
         choices=("bisection", "none"),
@@ -147,6 +163,10 @@ class HardKVConfig:
             raise ValueError(f"{fixed}={getattr(self, fixed)} exceeds max_tokens={self.max_tokens}")
         if self.budget == "shared" and self.query_reduction == "union":
             raise ValueError("query_reduction=union chooses a set per query and head: use it with budget=per_head")
+        if self.kept_share is not None and (self.policy != "hardkv" or self.budget != "shared"):
+            raise ValueError(
+                "kept_share is a budget over all heads of a request: use it with policy=hardkv, budget=shared"
+            )
         if self.pooling_width % 2 == 0:
             raise ValueError(f"pooling_width={self.pooling_width} must be odd")
 
@@ -240,7 +260,7 @@ def _check_option(f: Field[Any], value: Any) -> None:
         if not isinstance(value, str):
             raise ValueError(f"{f.name}={brief(value)} must be a {meta['unit']}: {describe_range(f)}")
         return
-    numeric = (int, float) if isinstance(f.default, float) else (int,)
+    numeric = (int, float) if isinstance(meta["low"], float) else (int,)
     if isinstance(value, bool) or not isinstance(value, numeric):
         kind = numeric[-1].__name__
         raise ValueError(f"{f.name}={brief(value)} must be a {kind} in {describe_range(f)} ({meta['unit']})")

@@ -24,7 +24,10 @@ class CandidateReader:
         return torch.arange(rows.shape[1], device=rows.device)[None, :] >= padding.view(-1, 1)
 
     def candidates(self, op: SelectOp, layers: slice) -> Candidates:
-        """Candidates of these layers' lists: condensed tokens, right-aligned, then the sparse span."""
+        """Candidates of these layers' lists: condensed tokens, right-aligned, then the sparse span.
+
+        With a memory, tokens of the recent window up to `op.scanned_end` follow: they are measured, not chosen from.
+        """
         padding = self.padding(op, layers)
         rows = self.rows(op, layers, padding)
         keys = self.memory.k_rows[rows]
@@ -74,7 +77,7 @@ class CandidateReader:
             tables.first_page[layers, op.row][..., None].expand_as(index),
             index,
         )
-        slots = self.memory.req_to_token[op.row, op.condensed_end : op.recent_start].long()
+        slots = self.memory.req_to_token[op.row, op.condensed_end : op.scanned_end].long()
         heads = torch.arange(layout.num_kv_heads, device=device)
         span = (layer_ids[:, None, None] * layout.num_slots + slots) * layout.num_kv_heads + heads[None, :, None]
         return torch.cat((rows, span), -1).flatten(0, 1)
@@ -90,5 +93,5 @@ class CandidateReader:
         old = torch.zeros((kept.shape[0], old_span + 1), dtype=torch.bool, device=kept.device)
         old.scatter_(1, torch.where(listed, kept, old_span), True)
         condensed = old.new_ones((kept.shape[0], op.condensed_list_bound))
-        recent = old.new_ones((kept.shape[0], op.recent_start - op.old_recent_start))
+        recent = old.new_ones((kept.shape[0], op.scanned_end - op.old_recent_start))
         return torch.cat((condensed, old[:, :old_span], recent), 1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hardkv_sglang.events.candidates import CandidateReader
+from hardkv_sglang.events.remembered import RememberedEnergy
 from hardkv_sglang.lifecycle.step_plan import SelectOp
-from hardkv_sglang.selection.top_p import Scored
+from hardkv_sglang.selection.importance import measure_importance
+from hardkv_sglang.selection.top_p import Lists, Scored
 
 MAX_ELEMENTS_PER_CHUNK = 1 << 26  # of the largest tensor while scoring: layers are scored together up to that size
 
@@ -29,10 +31,11 @@ class Scorer(ABC):
     def score(self, op: SelectOp) -> Scored:
         """Score all lists, in the order of the tables: layer, then KV head. No sync."""
         num_layers = self.reader.memory.layout.num_layers
-        num_tokens = op.condensed_list_bound + op.recent_start - op.condensed_end
+        num_tokens = op.condensed_list_bound + op.scanned_end - op.condensed_end
         step = max(1, MAX_ELEMENTS_PER_CHUNK // max(1, num_tokens * self.elements_per_token()))
         chunks = [slice(first, min(first + step, num_layers)) for first in range(0, num_layers, step)]
-        return Scored.join([self.score_layers(op, layers) for layers in chunks])
+        scored = Scored.join([self.score_layers(op, layers) for layers in chunks])
+        return replace(scored, num_aged=op.recent_start - op.prefix_end)
 
 
 class TorchScorer(Scorer):
@@ -44,7 +47,15 @@ class TorchScorer(Scorer):
 
     def score_layers(self, op: SelectOp, layers: slice) -> Scored:
         """See `Scorer.score_layers`."""
-        return self.reader.policy.score(self.reader.candidates(op, layers))
+        reader = self.reader
+        found = reader.candidates(op, layers)
+        importance = measure_importance(found, *reader.policy.reductions)
+        if not reader.memory.cfg.remembers:
+            return reader.policy.rate(importance, found)
+        importance = RememberedEnergy(reader.memory).update(op, layers, reader.padding(op, layers), importance)
+        N = op.num_candidates
+        values = None if found.values is None else found.values[:, :N]
+        return reader.policy.rate(importance, Lists(valid=found.valid[:, :N].contiguous(), values=values))
 
 
 class PooledScorer(Scorer):
@@ -72,6 +83,9 @@ class PooledScorer(Scorer):
         )
         queries, lse2 = (x.flatten(1, 2) for x in reader.queries(op, layers))
         importance = measure_pooled(lists, found.attended, queries, lse2, reader.scale2)
+        if memory.cfg.remembers:
+            importance = RememberedEnergy(memory).update(op, layers, found.padding, importance)
+            lists = lists.head(op.num_candidates)
         return reader.policy.rate(importance, lists)
 
 

@@ -1,7 +1,8 @@
 """Condense events: survivors of every layer and head of all due requests move to their new head pages.
 
-Three launches on one stream: count the survivors, copy them, publish the lists. The copy reads the tables that
-the publication then overwrites, so the order matters; `reference_condense.py` is the specification.
+Three launches on one stream: count the survivors, copy them, publish the lists; one more in between where tokens
+remember their energy. The copy reads the tables that the publication then overwrites, so the order matters;
+`reference_condense.py` is the specification.
 """
 
 # mypy: allow-untyped-defs
@@ -154,6 +155,45 @@ def copy_kernel(
             num_copied += tl.sum(m_n.to(tl.int32), 0)
 
 
+@triton.jit
+def remember_kernel(
+    rows,
+    num_condensed,
+    num_sparse,
+    condensed_keep,
+    sparse_positions,
+    condensed_energy,
+    dense_energy,
+    num_rows,
+    capacity,
+    max_span,
+    remembered_span,
+    H: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Energies move as the tokens do, inside the table: a survivor never moves to the right."""
+    i_j, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_table = ((i_c // H) * num_rows + tl.load(rows + i_j).to(tl.int64)) * H + i_c % H
+    p_energy = condensed_energy + o_table * capacity
+    old_len, sparse_len = tl.load(num_condensed + o_table), tl.load(num_sparse + o_table)
+    o_n = tl.arange(0, BN)
+    moved = 0
+    for i_n in range(0, old_len, BN):
+        m_n = i_n + o_n < old_len
+        b_keep = tl.load(condensed_keep + o_table * capacity + i_n + o_n, mask=m_n, other=0).to(tl.int32)
+        b_energy = tl.load(p_energy + i_n + o_n, mask=m_n, other=0.0)
+        # every thread has read the block before any of it is overwritten
+        tl.debug_barrier()
+        tl.store(p_energy + moved + tl.cumsum(b_keep, 0) - 1, b_energy, mask=b_keep != 0)
+        moved += tl.sum(b_keep, 0)
+        tl.debug_barrier()
+    for i_n in range(0, sparse_len, BN):
+        m_n = (i_n + o_n < sparse_len) & (moved + i_n + o_n < capacity)
+        b_position = tl.load(sparse_positions + o_table * max_span + i_n + o_n, mask=m_n, other=0)
+        b_energy = tl.load(dense_energy + o_table * remembered_span + b_position % remembered_span, mask=m_n, other=0.0)
+        tl.store(p_energy + moved + i_n + o_n, b_energy, mask=m_n)
+
+
 @triton.jit(do_not_specialize=["num_new_pages"])
 def publish_kernel(
     rows,
@@ -210,7 +250,7 @@ def condense(
     k_storage, v_storage: [L, S, H, D] contiguous, the whole pool; req_to_token: [R, T] integer slots, read only;
     rows: [J] integer, distinct request rows; new_pages: [J, P] integer token pages, each row enough for its
     survivors, disjoint from every page in use; entries past a row's need are published but not used.
-    Guarantees: three launches on the current stream, no sync; sources are not written; bit-exact copies. Tokens
+    Guarantees: three or four launches on the current stream, no sync; sources are not written; bit-exact copies. Tokens
     that do not fit the given pages are dropped from the copy rather than written elsewhere.
     """
     J, P = new_pages.shape
@@ -233,6 +273,11 @@ def condense(
         req_to_token.stride(0), H=H, D=layout.head_dim, COLUMNS=columns, PS=layout.page_size, SEGMENT=segment,
         BN=64, BCOL=block_columns, num_warps=4,
     )  # fmt: skip
+    if tables.condensed_energy.shape[-1]:
+        remember_kernel[(J, columns)](
+            rows, lists[0], lists[2], keep, tables.sparse_positions, tables.condensed_energy, tables.dense_energy,
+            num_rows, capacity, max_span, tables.dense_energy.shape[-1], H=H, BN=1024, num_warps=4,
+        )  # fmt: skip
     publish_kernel[(J, columns)](
         rows, new_pages, counts, *lists, keep, tables.condensed_pages, num_rows, capacity, P, max_pages, H=H,
         COLUMNS=columns, PS=layout.page_size, BN=1024, BCOL=block_columns, num_warps=4,

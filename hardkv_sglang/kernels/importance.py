@@ -8,7 +8,7 @@ them up per candidate; values likewise. Every sum has a fixed order, so the same
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -171,6 +171,12 @@ class PooledLists(Lists):
     v_rows: torch.Tensor  # [L * S * H, D]
     rows: torch.Tensor  # [B, N] int64, rows of both; valid addresses where padded
     padding: torch.Tensor  # [B] int32, entries before a list's first candidate
+
+    def head(self, num_candidates: int) -> PooledLists:
+        """The lists without what stands behind their first `num_candidates` entries."""
+        valid, rows = (x[:, :num_candidates].contiguous() for x in (self.valid, self.rows))
+        keys = None if self.keys is None else self.keys[:, :num_candidates]
+        return replace(self, valid=valid, rows=rows, keys=keys)
 
     def value_distance(self, weights: torch.Tensor) -> torch.Tensor:
         """See `Lists.value_distance`; float32. Two launches, no sync, deterministic."""

@@ -92,7 +92,7 @@ def list_candidates(memory: RankMemory, op: SelectOp, layers: slice) -> Candidat
     """
     layout, tables, req_to_token = memory.layout, memory.tables, memory.req_to_token
     H = layout.num_kv_heads
-    B, N = (layers.stop - layers.start) * H, op.condensed_list_bound + op.recent_start - op.condensed_end
+    B, N = (layers.stop - layers.start) * H, op.condensed_list_bound + op.scanned_end - op.condensed_end
     device = req_to_token.device
     result = CandidateRows(
         rows=torch.empty(B, N, dtype=torch.int64, device=device),

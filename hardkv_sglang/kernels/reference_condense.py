@@ -51,6 +51,8 @@ def condense(
     for storage in (k_storage, v_storage):
         rows = storage.view(-1, layout.head_dim)
         rows.index_copy_(0, target, rows.index_select(0, source))
+    if tables.condensed_energy.shape[-1]:
+        tables.condensed_energy[:, row] = _moved_energy(tables, row, counts)
     tables.num_condensed[:, row] = counts.to(torch.int32)
     tables.first_page[:, row] = first.to(torch.int32)
     tables.num_sparse[:, row] = 0
@@ -81,6 +83,20 @@ def _sparse_source(layout: PoolLayout, tables: DeviceTables, req_to_token: torch
     layer, head, index = _sparse_mask(tables, row).nonzero(as_tuple=True)
     slots = req_to_token[row][tables.sparse_positions[:, row][layer, head, index].long()].long()
     return (layer * layout.num_slots + slots) * layout.num_kv_heads + head
+
+
+def _moved_energy(tables: DeviceTables, row: int, counts: torch.Tensor) -> torch.Tensor:
+    """`condensed_energy` of the row after the event, [L, H, C]; 0 behind the lists."""
+    old, dense = tables.condensed_energy[:, row], tables.dense_energy[:, row]
+    moved = torch.zeros_like(old)
+    survivors = _survivors(tables, row)
+    layer, head, index = survivors.nonzero(as_tuple=True)
+    moved[layer, head, survivors.cumsum(-1)[layer, head, index] - 1] = old[layer, head, index]
+    layer, head, index = _sparse_mask(tables, row).nonzero(as_tuple=True)
+    positions = tables.sparse_positions[:, row][layer, head, index].long()
+    rank = (counts - tables.num_sparse[:, row])[layer, head] + index
+    moved[layer, head, rank] = dense[layer, head, positions % dense.shape[-1]]
+    return moved
 
 
 def _targets(

@@ -123,6 +123,7 @@ class LifecyclePlanner:
         state.survivor_pages = None
         ring_slot = state.ring_slot
         assert ring_slot is not None
+        remembered_end, state.measured_end = state.measured_end, self._measured_end(state, first_query)
         self.stop_observing(state)
         # queries before this event attended another set of tokens than the next event will assume
         state.observe_from = self.schedule.observe_from(state, seq_len)
@@ -138,7 +139,20 @@ class LifecyclePlanner:
             condensed_list_bound=state.condensed_list_bound,
             recalibrate=recalibrate,
             ring_slot=ring_slot,
+            remembered_end=remembered_end,
+            measured_end=state.measured_end,
         )
+
+    def _measured_end(self, state: RequestState, first_query: int) -> int:
+        """End of the positions that a select event measures where events remember.
+
+        Tokens of the recent window count as soon as every observed query is `query_window` tokens younger: attention
+        to the last few tokens says little about what they are worth later.
+        """
+        if not self.cfg.remembers:
+            return 0
+        settled = min(first_query - self.query_window, state.condensed_end + self.cfg.remembered_span)
+        return max(state.recent_start, self.cfg.layout.page_floor(settled))
 
     def _plan_condense(self, state: RequestState, seq_len: int, allocator: PageAllocator, plan: StepPlan) -> bool:
         assert state.survivor_pages is not None

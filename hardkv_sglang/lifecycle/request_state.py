@@ -32,6 +32,7 @@ class RequestState:
     num_condensed_pages: int = 0
     num_selects: int = 0
     num_condenses: int = 0
+    measured_end: int = 0  # end of the positions that the last select event measured
     selected_at: int = 0  # sequence length at the last select event
     survivor_pages: int | None = None  # token pages that the selected survivors need; None while unknown
     longest_list: int = 0  # tokens in the longest condensed list after the next condense event

@@ -32,6 +32,18 @@ class SelectOp:
     condensed_list_bound: int
     recalibrate: bool
     ring_slot: int
+    remembered_end: int = 0  # end of the dense positions that the event before measured
+    measured_end: int = 0  # end of those that this one measures, if it looks beyond the candidates
+
+    @property
+    def num_candidates(self) -> int:
+        """Entries of each list, padding included."""
+        return self.condensed_list_bound + self.recent_start - self.condensed_end
+
+    @property
+    def scanned_end(self) -> int:
+        """End of the positions whose attention is measured: the candidates', or some of the recent window's."""
+        return max(self.recent_start, self.measured_end)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,17 @@ class ResolvedConfig:
         return self.layout.page_ceil(span)
 
     @property
+    def remembers(self) -> bool:
+        """Whether tokens keep what select events measured of them."""
+        options = self.options
+        return options.policy == "hardkv" and options.metric == "output" and options.remembered_weight > 0
+
+    @property
+    def remembered_span(self) -> int:
+        """Most positions from the condensed end on of which something is remembered, a multiple of the page size."""
+        return self.max_sparse_span + self.layout.page_ceil(self.options.recent_tokens)
+
+    @property
     def min_kept_tokens(self) -> int:
         """Tokens that every list keeps, if it has them, however little attention they get."""
         options, everything = self.options, self.layout.page_ceil(self.max_context_len)
@@ -50,7 +61,7 @@ class ResolvedConfig:
             return options.sink_tokens
         if options.policy != "hardkv" or options.budget == "uniform":
             return options.uniform_tokens
-        if options.top_p < 1:
+        if options.top_p < 1 or options.kept_share is not None:
             return options.min_tokens
         return everything if options.max_tokens is None else options.max_tokens
 

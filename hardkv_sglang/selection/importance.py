@@ -102,10 +102,16 @@ def output_scores(importance: Importance, lists: Lists, options: HardKVConfig) -
     Without token j the output o becomes o + P_j / (1 - P_j) (o - v_j): to first order the change is P_j |o - v_j|, and
     changes in different directions add in squares. o is taken as the mean of the candidates' values under their mean
     attention, so a head whose values are all alike loses little by dropping them, however much mass they carry.
+
+    What later queries look at is only partly what the observed ones did. `prior_weight` of a list's energy is expected
+    on a token at random: spread over all candidates by the distance of their values. The sum stays what was observed.
     """
-    del options
-    distance = lists.value_distance(importance.mean)
-    return torch.where(lists.valid, importance.mean_square * distance, 0.0)[:, None]
+    distance = torch.where(lists.valid, lists.value_distance(importance.mean), 0.0)
+    energy = torch.where(lists.valid, importance.mean_square * distance, 0.0)
+    weight = options.prior_weight
+    if weight:
+        energy = (1.0 - weight) * energy + weight * energy.sum(-1, keepdim=True) * normalise(distance)
+    return energy[:, None]
 
 
 def rkv_scores(importance: Importance, lists: Lists, options: HardKVConfig) -> torch.Tensor:

@@ -76,6 +76,7 @@ class Scored:
     scores: torch.Tensor  # [B, V, N] float, of the metric: not negative, 0 for padding
     importance: Importance
     valid: torch.Tensor  # [B, N] bool
+    num_aged: int = 0  # tokens that left the recent window so far, kept or not
 
     @cached_property
     def order(self) -> torch.Tensor:
@@ -110,6 +111,7 @@ class Scored:
             torch.cat([part.scores for part in parts]),
             Importance(**joined, observed=parts[0].importance.observed),
             torch.cat([part.valid for part in parts]),
+            parts[0].num_aged,
         )
 
 
@@ -190,6 +192,16 @@ def shared_top_p_set(mass: torch.Tensor, valid: torch.Tensor, top_p: float) -> t
     order = ascending_order(flat, valid.flatten())
     dropped = fixed_point(flat.gather(-1, order)).cumsum(-1)
     return last_in_order(order, (dropped > limit).sum(-1)).view_as(mass)
+
+
+def shared_best_set(scores: torch.Tensor, valid: torch.Tensor, count: int) -> torch.Tensor:
+    """Mask [B, N] of the `count` best candidates of all lists together; ties as in `shared_top_p_set`.
+
+    scores: [B, N] float, not negative, in one unit for all lists; valid: [B, N] bool.
+    """
+    order = ascending_order(scores.flatten(), valid.flatten())
+    counts = torch.full((), count, device=order.device)
+    return last_in_order(order, counts).view_as(scores) & valid
 
 
 def bound_counts(

@@ -227,7 +227,16 @@ class CheckedScorer(PooledScorer):
     """Scores in the pool and compares with the definition."""
 
     def score_layers(self, op: SelectOp, layers: slice) -> Scored:
-        pooled, defined = super().score_layers(op, layers), TorchScorer(self.reader).score_layers(op, layers)
+        tables = self.reader.memory.tables
+        remembered = (tables.condensed_energy, tables.dense_energy)
+        before = [energy.clone() for energy in remembered]
+        pooled = super().score_layers(op, layers)
+        after = [energy.clone() for energy in remembered]
+        for energy, old in zip(remembered, before, strict=True):
+            energy.copy_(old)
+        defined = TorchScorer(self.reader).score_layers(op, layers)
+        for energy, stored in zip(remembered, after, strict=True):
+            torch.testing.assert_close(energy, stored, rtol=1e-2, atol=1e-9)
         self.check_candidates(op, layers)
         assert torch.equal(pooled.valid, defined.valid)
         torch.testing.assert_close(pooled.importance.mean, defined.importance.mean, rtol=1e-4, atol=1e-6)
@@ -271,7 +280,15 @@ def checked_publish(tables: DeviceTables, op: SelectOp, keep: torch.Tensor, temp
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"metric": "rkv"}, {"metric": "snapkv"}, {"policy": "streaming"}, {"max_tokens": 64}, {"budget": "per_head"}],
+    [
+        {},
+        {"metric": "rkv"},
+        {"metric": "snapkv"},
+        {"policy": "streaming"},
+        {"max_tokens": 64},
+        {"budget": "per_head"},
+        {"remembered_weight": 0.7, "prior_weight": 0.1, "recent_tokens": 64},
+    ],
     ids=str,
 )
 def test_kernels_agree_with_the_definition(options: dict[str, object]) -> None:

@@ -68,7 +68,7 @@ class Compiler:
 def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     """One call of each kernel's public function."""
     layout = PoolLayout(num_layers=2, num_kv_heads=2, head_dim=head_dim, page_size=32, num_slots=320)
-    cfg = ResolvedConfig(HardKVConfig(max_tokens=256), layout, 2 * group, 0.1, 5, 1024)
+    cfg = ResolvedConfig(HardKVConfig(max_tokens=256, remembered_weight=0.5), layout, 2 * group, 0.1, 5, 1024)
     tables = DeviceTables.allocate(cfg, dtype, "cpu")
     k, v = (torch.zeros(2, 320, 2, head_dim, dtype=dtype) for _ in range(2))
     req_to_token = torch.zeros(5, 1024, dtype=torch.int32)

@@ -67,7 +67,7 @@ def build_case(
     pages = head_pages_needed(num_condensed.long(), page_size).transpose(0, 1).reshape(R, L * H)
     pages_per_row = -(-pages.sum(1) // (L * H))
     most = max(256, int((num_condensed + num_sparse).max()))
-    options = HardKVConfig(max_tokens=most, select_interval=128)
+    options = HardKVConfig(max_tokens=most, select_interval=128, remembered_weight=0.5)
     span_pages = options.condense_interval // page_size + 2 * options.select_interval // page_size
     num_pages = 1 + int(pages_per_row.sum()) + R * span_pages + spare_pages
     layout = PoolLayout(L, H, head_dim, page_size, num_pages * page_size)
@@ -77,6 +77,8 @@ def build_case(
     tables.num_sparse.copy_(num_sparse)
     tables.first_page.copy_((pages.cumsum(1) - pages).view(R, L, H).transpose(0, 1))
     tables.condensed_keep.copy_(torch.rand(tables.condensed_keep.shape, generator=g) < 0.4)
+    for energy in (tables.condensed_energy, tables.dense_energy):
+        energy.copy_(torch.rand(energy.shape, generator=g))
     order = torch.randperm(num_pages - 1, generator=g) + 1
     span = tables.sparse_positions.shape[-1]
     req_to_token = torch.zeros(R, 1024, dtype=torch.int32)

@@ -25,6 +25,8 @@ def assert_same(got, want, rows) -> None:
         index = torch.arange(got.tables.condensed_keep.shape[-1], device=got.k.device)
         valid = index < want.tables.num_condensed[:, row, :, None]
         assert got.tables.condensed_keep[:, row][valid].all()
+        energies = (tables.condensed_energy[:, row][valid] for tables in (got.tables, want.tables))
+        assert torch.equal(*energies)
 
 
 CASES = {
@@ -85,6 +87,13 @@ def test_reference_by_loops(make_case) -> None:
             target = layout.condensed_rows(pages, torch.full_like(index, first), index)
             moved = case.k.view(-1, layout.head_dim)[target]
             assert torch.equal(moved, old.k.view(-1, layout.head_dim)[source[head][tokens]])
+            remembered = old.tables.condensed_energy[layer, row, head]
+            positions = old.tables.sparse_positions[layer, row, head].long()
+            dense = old.tables.dense_energy[layer, row, head]
+            expected = [remembered[i] if i < cut else dense[positions[i - cut] % len(dense)] for i in tokens]
+            assert case.tables.condensed_energy[layer, row, head, : len(tokens)].tolist() == [
+                float(x) for x in expected
+            ]
             first += int(head_pages_needed(torch.tensor(len(tokens)), layout.page_size))
 
 

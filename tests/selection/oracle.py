@@ -223,12 +223,24 @@ def rank_tokens(
     return ranking
 
 
-def output_energy(lst: OracleList) -> dict[int, float]:
-    """Expected squared change of the head's output per dropped token: mean of P^2, times |v - mean output|^2."""
-    mean, count = mean_importance(lst), lst.group * len(lst.queries)
+def expected_energy(lst: OracleList, prior_weight: float) -> dict[int, float]:
+    """Observed energy, of which a part is expected on any token, by the distance of its value."""
+    observed, distance = output_energy(lst), value_distance(lst)
+    total, spread = sum(observed.values()), sum(distance.values()) or 1.0
+    return {j: (1 - prior_weight) * observed[j] + prior_weight * total * distance[j] / spread for j in lst.tokens}
+
+
+def value_distance(lst: OracleList) -> dict[int, float]:
+    """|v - mean output|^2 per token."""
+    mean = mean_importance(lst)
     total = sum(mean.values()) or 1.0
     width = len(next(iter(lst.values.values()), []))
     output = [sum(mean[j] * lst.values[j][d] for j in lst.tokens) / total for d in range(width)]
-    distance = {j: sum((x - y) ** 2 for x, y in zip(lst.values[j], output, strict=True)) for j in lst.tokens}
+    return {j: sum((x - y) ** 2 for x, y in zip(lst.values[j], output, strict=True)) for j in lst.tokens}
+
+
+def output_energy(lst: OracleList) -> dict[int, float]:
+    """Expected squared change of the head's output per dropped token: mean of P^2, times |v - mean output|^2."""
+    distance, count = value_distance(lst), lst.group * len(lst.queries)
     square = {j: sum(lst.probabilities[key][0][j] ** 2 for key in lst.probabilities) / count for j in lst.tokens}
     return {j: square[j] * distance[j] for j in lst.tokens}

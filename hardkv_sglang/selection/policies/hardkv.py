@@ -31,6 +31,7 @@ from hardkv_sglang.selection.top_p import (
     ascending_order,
     last_in_order,
     mass_kept,
+    shared_best_set,
     shared_top_p_set,
     top_p_counts,
     top_p_set,
@@ -48,6 +49,7 @@ def hardkv_policy(options: HardKVConfig, page_size: int, bound: BoundCounts) -> 
 class HardKVPolicy(Policy):
     """Calibrated Top-p (HARD-KV, arXiv 2606.28831), floor `min_tokens`, cap `max_tokens`.
 
+    With `kept_share` the best tokens of all lists stay, as many as that share of what left the recent window so far.
     Below p = 1 a list keeps the union over its distributions of each one's Top-p set, then fills its last head page:
     that costs no memory. p = 1 chooses every candidate, and so does an event without a valid query, which knows
     nothing. The cap bounds the tables, so it holds in both cases too.
@@ -79,7 +81,8 @@ class HardKVPolicy(Policy):
 
     def rate(self, importance: Importance, lists: Lists) -> Scored:
         """See `Policy.rate`."""
-        return Scored(self.metric.score(importance, lists, self.options), importance, lists.valid)
+        scores = self.metric.score(importance, lists, self.options)
+        return Scored(scores, importance, lists.valid, num_aged=lists.valid.shape[-1])
 
     def choose(self, scored: Scored, temperature: torch.Tensor | None = None) -> Selection:
         """See `Policy.choose`."""
@@ -92,9 +95,13 @@ class HardKVPolicy(Policy):
     def _choose(self, scored: Scored, temperature: torch.Tensor | None) -> tuple[torch.Tensor, Calibration]:
         """The set before floor, cap and page filling, [B, N] bool, and the temperatures that gave it."""
         valid, importance, top_p = scored.valid, scored.importance, self.options.top_p
-        if top_p == 1.0:
+        if top_p == 1.0 and self.options.kept_share is None:
             return valid, uncalibrated(valid)
-        if self.options.budget == "shared":
+        if self.options.kept_share is not None:
+            mass, calibration = self._spread_all(scored, temperature)
+            count = int(self.options.kept_share * scored.num_aged * len(valid))
+            chosen = shared_best_set(mass[:, 0], valid, count)
+        elif self.options.budget == "shared":
             mass, calibration = self._spread_all(scored, temperature)
             chosen = shared_top_p_set(mass[:, 0], valid, top_p)
         else:
