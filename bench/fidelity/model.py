@@ -32,39 +32,41 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
-        """Shape of a transformers Llama configuration."""
-        return cls(
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.head_dim**-0.5,
-        )
+        """Shape of a transformers configuration of the Llama kind (Llama, Qwen2, Qwen3, Mistral)."""
+        num_heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        return cls(config.num_hidden_layers, num_heads, config.num_key_value_heads, head_dim, head_dim**-0.5)
 
 
 class BlockModel:
-    """A causal language model in float32 that forwards blocks and leaves the KV cache to `BlockAttention`."""
+    """A causal language model that forwards blocks and leaves the KV cache to `BlockAttention`.
 
-    def __init__(self, folder: Path) -> None:
+    Weights and activations have type `dtype`; what attention gets, stores and returns is float32, and so are logits.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         AttentionInterface.register(IMPLEMENTATION, _attend)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=IMPLEMENTATION
-        ).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=IMPLEMENTATION)
+        self.device = torch.device(device)
+        self.model = model.eval().to(self.device)
         self.shape = ModelShape.of(self.model.config)
 
     @torch.inference_mode()
     def hidden(self, tokens: torch.Tensor, start: int, attention: BlockAttention) -> torch.Tensor:
         """Final hidden states [T, hidden] of `tokens` ([T]) at positions from `start`."""
-        positions = torch.arange(start, start + len(tokens))[None]
+        positions = torch.arange(start, start + len(tokens), device=self.device)[None]
         output = self.model.model(
-            input_ids=tokens[None], position_ids=positions, use_cache=False, block_attention=attention
+            input_ids=tokens[None].to(self.device),
+            position_ids=positions,
+            use_cache=False,
+            block_attention=attention,
         )
         return output.last_hidden_state[0]
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Next-token logits [T, V] of hidden states."""
-        return functional.linear(hidden, self.model.lm_head.weight)
+        """Next-token logits [T, V] of hidden states, float32."""
+        return functional.linear(hidden, self.model.lm_head.weight).float()
 
 
 def _attend(
@@ -76,5 +78,5 @@ def _attend(
     block_attention: BlockAttention,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    o = block_attention.attend(module.layer_idx, query[0], key[0], value[0])
-    return o.transpose(0, 1)[None], None
+    o = block_attention.attend(module.layer_idx, query[0].float(), key[0].float(), value[0].float())
+    return o.transpose(0, 1)[None].to(query.dtype), None

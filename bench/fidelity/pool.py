@@ -14,11 +14,11 @@ ROW = 1
 class PagePool:
     """K and V storage, the request's row of slots, and a free list: a `lifecycle.PageAllocator`."""
 
-    def __init__(self, layout: PoolLayout, max_len: int) -> None:
+    def __init__(self, layout: PoolLayout, max_len: int, device: torch.device | str = "cpu") -> None:
         size = (layout.num_layers, layout.num_slots, layout.num_kv_heads, layout.head_dim)
         self.layout = layout
-        self.k_storage, self.v_storage = torch.zeros(size), torch.zeros(size)
-        self.req_to_token = torch.zeros((ROW + 1, layout.page_ceil(max_len)), dtype=torch.int32)
+        self.k_storage, self.v_storage = torch.zeros(size, device=device), torch.zeros(size, device=device)
+        self.req_to_token = torch.zeros((ROW + 1, layout.page_ceil(max_len)), dtype=torch.int32, device=device)
         self.free_list = list(range(layout.num_slots // layout.page_size - 1, 0, -1))
         self.num_pages = len(self.free_list)
 
@@ -32,7 +32,8 @@ class PagePool:
         if num_pages > len(self.free_list):
             return None
         pages = torch.tensor([self.free_list.pop() for _ in range(num_pages)], dtype=torch.int64)
-        return (pages[:, None] * self.layout.page_size + torch.arange(self.layout.page_size)).flatten()
+        slots = (pages[:, None] * self.layout.page_size + torch.arange(self.layout.page_size)).flatten()
+        return slots.to(self.req_to_token.device)
 
     def free_pages(self, slots: torch.Tensor) -> None:
         """Return whole token pages."""
@@ -45,6 +46,8 @@ class PagePool:
     def extend_row(self, start: int, end: int) -> None:
         """Give positions `[start, end)` slots; a page is opened at its first position."""
         first, last = self.layout.page_ceil(start), self.layout.page_ceil(end)
+        if first == last:
+            return
         slots = self.alloc_pages((last - first) // self.layout.page_size)
         if slots is None:
             raise MemoryError(f"the pool of {self.num_pages} pages is too small for position {end}")
@@ -53,5 +56,5 @@ class PagePool:
     def check(self, held: dict[str, torch.Tensor]) -> None:
         """Prove that every page has one owner; held: slots by owner."""
         size = self.layout.page_size
-        owners = {name: slots[::size].long() // size for name, slots in held.items()}
+        owners = {name: slots[::size].long().cpu() // size for name, slots in held.items()}
         check_ownership({"free": torch.tensor(self.free_list, dtype=torch.int64), **owners}, self.num_pages)

@@ -11,6 +11,7 @@ from bench.fidelity.model import BlockModel
 
 CHUNK = 256
 SCORED = 64  # tokens scored at once: logits of a block are the largest tensors of the benchmark
+SCORED_ON_GPU = 128
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,18 @@ class Reference:
     @classmethod
     def build(cls, model: BlockModel, tokens: torch.Tensor, prompt_len: int) -> Reference:
         """Run the dense model over `tokens` but the last."""
-        cache = DenseCache(model.shape, len(tokens) - 1)
+        hidden, cache = cls.forward(model, tokens, DenseCache(model.shape, len(tokens) - 1, model.device))
+        return cls(tokens, prompt_len, cache.head(prompt_len), hidden[prompt_len:])
+
+    @staticmethod
+    def forward(model: BlockModel, tokens: torch.Tensor, cache: DenseCache) -> tuple[torch.Tensor, DenseCache]:
+        """Final hidden states of all `tokens` but the last, read through `cache`."""
         hidden = []
         for start in range(0, len(tokens) - 1, CHUNK):
             chunk = tokens[start : min(start + CHUNK, len(tokens) - 1)]
             hidden.append(model.hidden(chunk, start, cache))
             cache.seq_len += len(chunk)
-        return cls(tokens, prompt_len, cache.head(prompt_len), torch.cat(hidden)[prompt_len:])
+        return torch.cat(hidden), cache
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class TokenScores:
         cls, model: BlockModel, dense: torch.Tensor, compressed: torch.Tensor, targets: torch.Tensor
     ) -> TokenScores:
         """As `compare`, from final hidden states [T, hidden]."""
-        parts = zip(dense.split(SCORED), compressed.split(SCORED), targets.split(SCORED), strict=True)
+        size = SCORED_ON_GPU if dense.is_cuda else SCORED
+        parts = zip(dense.split(size), compressed.split(size), targets.to(dense.device).split(size), strict=True)
         return cls.join([cls.compare(model.logits(a), model.logits(b), target) for a, b, target in parts])
 
     @classmethod

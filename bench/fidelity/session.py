@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.fidelity.attention import DenseCache, block_attention
+from bench.fidelity.attention import Context, DenseCache, block_attention
 from bench.fidelity.model import BlockModel, ModelShape
 from bench.fidelity.pool import ROW, PagePool
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.events.executor import EventExecutor, SettledCounts
-from hardkv_sglang.kernels.reference import State, dense_slots, ragged_rows
+from hardkv_sglang.kernels.reference import State, dense_slots, ragged_rows_of_layers
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.lifecycle.step_plan import StepPlan
@@ -53,13 +53,20 @@ class Selected:
 class CompressedSession:
     """One request that decodes under HARD-KV."""
 
-    def __init__(self, shape: ModelShape, options: HardKVConfig, max_len: int, max_block: int = 256) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        options: HardKVConfig,
+        max_len: int,
+        max_block: int = 256,
+        device: torch.device | str = "cpu",
+    ) -> None:
         # dense pages of every token, and as many again for what a condense event copies before it frees
         num_slots = (2 * -(-max_len // PAGE_SIZE) + 1) * PAGE_SIZE
         layout = PoolLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, PAGE_SIZE, num_slots)
-        self.pool = PagePool(layout, max_len)
+        self.pool = PagePool(layout, max_len, device)
         self.cfg = ResolvedConfig(options, layout, shape.num_q_heads, shape.softmax_scale, ROW + 1, max_len)
-        self.tables = DeviceTables.allocate(self.cfg, torch.float32, "cpu")
+        self.tables = DeviceTables.allocate(self.cfg, torch.float32, device)
         self.planner = LifecyclePlanner(self.cfg)
         pool = self.pool
         memory = RankMemory(self.cfg, self.tables, pool.k_storage, pool.v_storage, pool.req_to_token)
@@ -69,6 +76,10 @@ class CompressedSession:
         self.holdings: list[Holding] = []  # one per decoded token
         self.selected: list[Selected] = []
         self.state: RequestState
+        self.ring_slot = -1  # of the device tables, read once after every event
+        self.context_rows: torch.Tensor  # [L, H, N] storage rows that the block attends
+        self.context_counts: list[list[int]]  # [L][H], of them the first so many
+        self.context_mask: torch.Tensor | None  # [L, H, 1, N], on a GPU
 
     def prefill(self, cache: DenseCache, prompt_len: int) -> None:
         """Take over the first `prompt_len` tokens of a dense cache and admit the request."""
@@ -94,12 +105,17 @@ class CompressedSession:
         yield self._forward(model, tokens[self.seq_len - first :])
 
     def _forward(self, model: BlockModel, tokens: torch.Tensor) -> torch.Tensor:
+        self._list_context()
         hidden = model.hidden(tokens, self.seq_len, self)
         self.seq_len += len(tokens)
         return hidden
 
     def _run(self, plan: StepPlan) -> None:
-        for report in self.executor.run(plan):
+        reports = self.executor.run(plan)
+        if self.pool.k_storage.is_cuda:
+            torch.cuda.synchronize()  # a server reads the counts two steps later
+        self.ring_slot = int(self.tables.ring_slot[ROW])
+        for report in reports:
             counts = SettledCounts.read(report)
             self.planner.settle(self.state, counts.head_pages, counts.kept_tokens)
             candidates = report.op.recent_start - report.op.prefix_end
@@ -147,20 +163,29 @@ class CompressedSession:
 
     def attend_tiers(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
         """Attention of a block over its request's tiers; shapes as in `block_attention`."""
-        layout = self.cfg.layout
-        slots = dense_slots(self.pool.req_to_token, self.tables, ROW, self.seq_len)
-        dense = layout.dense_rows(layer, slots)
-        ragged, counts = ragged_rows(layout, self.tables, self.pool.req_to_token, layer, ROW)
-        keys, values = (storage.view(-1, layout.head_dim) for storage in (self.pool.k_storage, self.pool.v_storage))
-        rows = [torch.cat((dense[h], ragged[h, :count])) for h, count in enumerate(counts.tolist())]
-        context = [(keys[index], values[index]) for index in rows]
+        pool, rows, head_dim = self.pool, self.context_rows[layer], self.cfg.layout.head_dim
+        keys, values = (storage.view(-1, head_dim)[rows] for storage in (pool.k_storage, pool.v_storage))
+        mask = None if self.context_mask is None else self.context_mask[layer]
+        context = Context(keys, values, self.context_counts[layer], mask)
         return block_attention(q, k, v, context, self.cfg.softmax_scale)
 
+    def _list_context(self) -> None:
+        """Rows of what every token of the next block attends: the same for all of them, so looked up once."""
+        layout, row_of_slots = self.cfg.layout, self.pool.req_to_token
+        slots = dense_slots(row_of_slots, self.tables, ROW, self.seq_len)
+        dense = torch.stack([layout.dense_rows(layer, slots) for layer in range(layout.num_layers)])
+        ragged, counts = ragged_rows_of_layers(layout, self.tables, row_of_slots, slice(0, layout.num_layers), ROW)
+        self.context_rows = torch.cat((dense, ragged), -1)
+        counts = counts + len(slots)
+        self.context_counts = counts.tolist()
+        self.context_mask = Context.mask_of(counts, self.context_rows.shape[-1]) if counts.is_cuda else None
+
     def _observe(self, layer: int, q: torch.Tensor, lse2: torch.Tensor) -> None:
-        window, end = self.cfg.options.query_window, self.seq_len + q.shape[1]
-        first, slot = max(self.seq_len, end - window), int(self.tables.ring_slot[ROW])
+        window, end, slot = self.cfg.options.query_window, self.seq_len + q.shape[1], self.ring_slot
         if slot < 0:
             return
-        index, block = torch.arange(first, end) % window, slice(first - self.seq_len, end - self.seq_len)
+        first = max(self.seq_len, end - window)
+        index = torch.arange(first, end, device=q.device) % window
+        block = slice(first - self.seq_len, end - self.seq_len)
         self.tables.query_ring[layer, slot, index] = q[:, block].transpose(0, 1)
         self.tables.lse2_ring[layer, slot, index] = lse2[:, block].T

@@ -1,0 +1,83 @@
+"""Tokenised texts of a frontier run, as JSON: the documents, or prompts to generate from.
+
+    python -m bench.fidelity.texts --model FOLDER --out documents.json
+    python -m bench.fidelity.texts --model FOLDER --prompts --out prompts.json
+
+A file may go to a machine that has neither tokenizer nor documents. Files of `bench.fidelity.generate` look the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from bench.fidelity.documents import DOCUMENTS
+from bench.fidelity.tasks import Text
+from hardkv_sglang.cli.demo_model import cache_directory
+
+PROMPT, DECODED = 512, 3584  # tokens of a document
+PROMPTS = {
+    "story": "Write a very long short story about a lighthouse keeper who finds a diary. Describe every scene in "
+    "detail.",
+    "webserver": "Write a complete HTTP web server in Python without any framework: routing, sessions, templates, "
+    "logging, tests. Show all files in full.",
+    "maths": "Explain linear algebra from vectors to the singular value decomposition, with many worked numerical "
+    "examples, step by step.",
+    "interview": "Write a long interview between a journalist and a marine biologist about coral reefs. At least forty "
+    "questions and answers.",
+    "database": "Implement a small SQL database engine in C++: lexer, parser, planner, B-tree storage, transactions. "
+    "Give the full source code with comments.",
+    "lessons": "Write a course of twenty lessons about statistics for beginners, each with explanations, exercises and "
+    "solutions.",
+}
+
+
+def read_texts(paths: Sequence[Path]) -> list[Text]:
+    """Texts of some files, numbered through."""
+    entries = [entry for path in paths for entry in json.loads(path.read_text())]
+    return [
+        Text(entry["name"], number, torch.tensor(entry["tokens"]), entry["prompt_len"])
+        for number, entry in enumerate(entries)
+    ]
+
+
+def document_entries(tokenizer: Any) -> list[dict[str, Any]]:
+    """The benchmark's documents, cut to a prompt and a decoded part."""
+    cache, size = cache_directory() / "fidelity-texts", PROMPT + DECODED + 1
+    texts = {document.name: document.read(cache)[: 12 * size] for document in DOCUMENTS}
+    ids = {name: tokenizer(text, add_special_tokens=False).input_ids[:size] for name, text in texts.items()}
+    return [{"name": name, "prompt_len": PROMPT, "tokens": tokens} for name, tokens in ids.items()]
+
+
+def prompt_entries(tokenizer: Any) -> list[dict[str, Any]]:
+    """Prompts that ask for long answers, in the model's chat format."""
+    entries = []
+    for name, prompt in PROMPTS.items():
+        tokens = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        entries.append({"name": f"generated_{name}", "prompt_len": len(tokens), "tokens": tokens})
+    return entries
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write one file."""
+    parser = argparse.ArgumentParser(prog="python -m bench.fidelity.texts", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder with the model's tokenizer")
+    parser.add_argument("--prompts", action="store_true", help="prompts instead of documents")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    args = parser.parse_args(argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    args.out.write_text(json.dumps(prompt_entries(tokenizer) if args.prompts else document_entries(tokenizer)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
