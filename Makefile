@@ -1,4 +1,4 @@
-# make demo | check | test | lint | fidelity | serving | clean. Everything is installed into .venv; nothing else on the machine is touched.
+# make demo | check | test | lint | soak | fidelity | serving | clean. Everything is installed into .venv; nothing else on the machine is touched.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install)
 
-.PHONY: demo check test lint fidelity serving clean
+.PHONY: demo check test lint soak fidelity serving clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -26,6 +26,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# mixed load for ten minutes, then what must hold; SOAK_ARGS='--minutes 60 --out soak.json'
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m bench.soak $(SOAK_ARGS)
 
 # resumable; FIDELITY_ARGS=--quick for two short documents and three configurations
 fidelity: $(VENV)/.installed-test

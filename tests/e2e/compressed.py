@@ -18,6 +18,7 @@ from hardkv_sglang.cli.server_process import ServerProcess as Server
 # one worker has the servers of the whole model, another those of fewer layers: none is started by both
 whole_model = pytest.mark.xdist_group("whole model")
 fewer_layers = pytest.mark.xdist_group("fewer layers")
+two_layers = pytest.mark.xdist_group("two layers")
 
 PAGE = 32
 # decode and prefill round differently: in bfloat16, which a GPU takes, stock SGLang differs from itself by up to 0.3
@@ -51,6 +52,9 @@ SHORT = MappingProxyType(compressed(SHORT_INTERVALS, **{"enable-metrics": True, 
 # bookkeeping needs no good text: real weights, less than half of the time
 FEWER_LAYERS = MappingProxyType({"json-model-override-args": '{"num_hidden_layers": 8}'})
 FAST = MappingProxyType({**SHORT, **FEWER_LAYERS})
+# thousands of tokens in seconds
+TWO_LAYERS = MappingProxyType({"json-model-override-args": '{"num_hidden_layers": 2}'})
+TINY = MappingProxyType({**SHORT, **TWO_LAYERS})
 # nothing can be dropped, so no event would run by itself
 EXACT_OPTIONS = {**SHORT_INTERVALS, "top_p": 1.0, "max_tokens": None, "min_freed_pages": 0}
 EXACT = MappingProxyType(compressed(EXACT_OPTIONS))
@@ -86,6 +90,13 @@ def prefill_logprobs(server: Server, ids: Sequence[int], prompt_len: int) -> lis
         logprob_start_len=prompt_len - 1,
     )
     return [entry[0] for entry in reply["meta_info"]["input_token_logprobs"]][1:]
+
+
+def check_exact_start(server: Server, prompt: Sequence[int], reply: Any) -> None:
+    """Until a first event can have run, an output sampled at temperature 1 or 0 has the dense model's probabilities."""
+    ids = reply["output_ids"][: FIRST_EVENT - 1]
+    exact = prefill_logprobs(server, [*prompt, *ids], len(prompt))
+    assert output_logprobs(reply)[: len(ids)] == pytest.approx(exact, abs=LOGPROB_TOLERANCE)
 
 
 def hardkv_state(server: Server) -> dict[str, Any]:

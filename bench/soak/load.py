@@ -1,0 +1,144 @@
+"""Clients that send one request after the other, and an operator who disturbs them."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from bench.soak.client import AbortedError, Client, SoakError
+from bench.soak.kinds import ABORTED, Job, Kind
+
+MAX_FAILURES = 20
+"""After that many the load stops: the first ones explain more."""
+
+
+@dataclass
+class Record:
+    """What happened so far. Written by all threads."""
+
+    ends: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and end
+    operations: Counter[str] = field(default_factory=Counter)  # of the operator
+    failures: list[str] = field(default_factory=list)
+    running: int = 0  # requests that wait for their answer
+    aborts: int = 0  # of everything; odd while one is under way
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that were answered, well or not."""
+        return sum(self.ends.values()) + len(self.failures)
+
+    def fail(self, what: str) -> None:
+        """Note something that must not happen."""
+        with self.lock:
+            self.failures.append(what)
+
+
+@dataclass
+class Load:
+    """Runs until the deadline; each client then waits for its last answer."""
+
+    url: str
+    kinds: Sequence[Kind]
+    num_clients: int
+    max_prompt: int  # tokens
+    max_output: int  # tokens
+    seed: int
+    deadline: float  # of time.monotonic()
+    record: Record = field(default_factory=Record)
+
+    def start(self) -> list[threading.Thread]:
+        """Threads of all clients and of the operator, which end by themselves."""
+        bodies: list[Callable[[], None]] = [self._operate]
+        bodies += [lambda number=number: self._serve(number) for number in range(self.num_clients)]  # type: ignore[misc]
+        threads = [threading.Thread(target=body, daemon=True) for body in bodies]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further request starts."""
+        return time.monotonic() > self.deadline or len(self.record.failures) >= MAX_FAILURES
+
+    def _serve(self, number: int) -> None:
+        rng, client = random.Random(f"{self.seed} client {number}"), Client(self.url)
+        weights = [kind.weight for kind in self.kinds]
+        while not self.is_over:
+            (kind,) = rng.choices(self.kinds, weights)
+            self._run(kind, Job(client, rng, self.max_prompt, self.max_output))
+
+    def _run(self, kind: Kind, job: Job) -> None:
+        record = self.record
+        with record.lock:
+            record.running += 1
+            aborts = record.aborts
+        try:
+            end = kind.run(job)
+        except AbortedError:
+            end = ABORTED
+        except (SoakError, ValueError, LookupError, TypeError) as error:  # of whatever shape the answer is
+            record.fail(f"{kind.name}: {type(error).__name__}: {error}")
+            return
+        finally:
+            with record.lock:
+                record.running -= 1
+        was_asked_for = kind.may_abort or aborts % 2 or aborts != record.aborts
+        if end == ABORTED and not was_asked_for:
+            record.fail(f"{kind.name}: aborted, though nobody asked for it")
+            return
+        with record.lock:
+            record.ends[kind.name, end] += 1
+
+    def _operate(self) -> None:
+        rng, client = random.Random(f"{self.seed} operator"), Client(self.url)
+        operations = (pause_in_place, pause_by_retraction, flush, pause_and_abort, abort_everything)
+        while not self.is_over:
+            time.sleep(min(rng.uniform(2, 15), max(0.0, self.deadline - time.monotonic())))
+            operation = rng.choice(operations)
+            try:
+                operation(client, self.record)
+            except SoakError as error:
+                self.record.fail(f"{operation.__name__}: {error}")
+                continue
+            self.record.operations[operation.__name__.replace("_", " ")] += 1
+
+
+def pause_in_place(client: Client, _record: Record) -> None:
+    """Everything stands still for a moment."""
+    client.ask("/pause_generation", {"mode": "in_place"})
+    time.sleep(1.0)
+    client.ask("/continue_generation", {})
+
+
+def pause_by_retraction(client: Client, _record: Record) -> None:
+    """What runs goes back to the queue, and the cache is emptied meanwhile."""
+    client.ask("/pause_generation", {"mode": "retract"})
+    client.post("/flush_cache")
+    client.ask("/continue_generation", {})
+
+
+def flush(client: Client, _record: Record) -> None:
+    """Refused while anything runs, and then without consequences."""
+    status = client.post("/flush_cache").status_code
+    if status not in (200, 400):
+        raise SoakError(f"status {status}")
+
+
+def pause_and_abort(client: Client, record: Record) -> None:
+    """A pause that ends everything."""
+    record.aborts += 1
+    client.ask("/pause_generation", {"mode": "abort"})
+    client.ask("/continue_generation", {})
+    record.aborts += 1
+
+
+def abort_everything(client: Client, record: Record) -> None:
+    """An abort of all requests."""
+    record.aborts += 1
+    client.abort(everything=True)
+    record.aborts += 1
