@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hardkv_sglang.engine.request import KVInfo, Request, TreeNode
+
+NO_ROOM = 1 << 60  # tokens, more than any pool has
 
 
 class SglangPageAllocator:
@@ -62,6 +68,11 @@ def committed_len(req: Request) -> int:
     return int(req.kv_committed_len)
 
 
+def committed_lens(reqs: Iterable[Request]) -> list[int]:
+    """`committed_len` of many requests."""
+    return [req.kv_committed_len for req in reqs]
+
+
 def settled_len(req: Request) -> int:
     """Tokens with KV, without the step that the overlap scheduler has launched beyond the end of the request."""
     return min(committed_len(req), len(req.origin_input_ids) + len(req.output_ids) - 1)
@@ -112,6 +123,14 @@ def truncate_kv(req: Request, length: int) -> None:
 def remaining_tokens(req: Request) -> int:
     """Tokens that the request may still generate."""
     return max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+
+
+def output_bounds(reqs: Sequence[Request]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """`remaining_tokens` of many requests, and whether each will generate exactly as many; [N]."""
+    sampling = [req.sampling_params for req in reqs]
+    most = np.fromiter([params.max_new_tokens for params in sampling], np.int64, len(reqs))
+    done = np.fromiter([len(req.output_ids) for req in reqs], np.int64, len(reqs))
+    return (most - done).clip(min=0), np.fromiter([params.ignore_eos for params in sampling], np.bool_, len(reqs))
 
 
 def custom_params(req: Request) -> object:
@@ -219,29 +238,103 @@ def no_token() -> Any:
     return AddReqResult.NO_TOKEN
 
 
-def room_for(adder: Any, req: Request) -> int:
-    """Free and evictable tokens of the pool while the cached prefix of `req` is locked."""
+def unfinished(reqs: Iterable[Request]) -> list[Request]:
+    """Requests without those that have ended and hold nothing, but are not filtered out of their batch yet."""
+    return [req for req in reqs if not req.finished()]
+
+
+def room_for(adder: Any, req: Request, released: Iterable[Request] = ()) -> int:
+    """Free and evictable tokens of the pool while the cached prefix of `req` is locked.
+
+    released: requests whose cached prefixes are counted as unlocked.
+    """
     with adder._lock_node(req.last_node):
-        return int(adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size())
+        room = adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size()
+        return int(room) + _unlocked_tokens(released)
+
+
+def _unlocked_tokens(reqs: Iterable[Request]) -> int:
+    """Cached tokens that nobody but these requests holds."""
+    locks: Counter[TreeNode] = Counter()
+    for req in reqs:
+        node = req.last_node
+        while node is not None and node.parent is not None:
+            locks[node] += 1
+            node = node.parent
+    return sum(len(node.key) for node, count in locks.items() if node.lock_ref == count)
+
+
+def prefill_tokens(adder: Any, req: Request) -> int:
+    """Tokens of the pool that SGLang asks for before it prefills `req` after what it has admitted; outputs excluded."""
+    uncached = len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
+    return int(adder.rem_total_token_offset + uncached + adder.page_size)
+
+
+def preemptible(stock: Callable[..., bool], adder: Any, req: Request, server_args: Any) -> list[Request]:
+    """Running requests that SGLang may preempt for `req`, in its order."""
+    candidates: list[Request] = []
+
+    def count(candidate: Request) -> int:
+        candidates.append(candidate)
+        return 0
+
+    # a need that no release meets: SGLang looks at every candidate and gives up
+    with _preemption_budget(adder, count):
+        stock(adder, req, server_args)
+    return candidates
+
+
+def preempt(stock: Callable[..., bool], adder: Any, req: Request, server_args: Any, victims: Sequence[Request]) -> None:
+    """Let SGLang preempt the victims, which come first in its order, and requeue those that waited longest first.
+
+    SGLang goes on to preempt for every later request of the pass, and collects victims in a set, whose order differs
+    between tensor-parallel ranks.
+    """
+    with _preemption_budget(adder, lambda candidate: math.inf if candidate is victims[-1] else 0):
+        stock(adder, req, server_args)
+    adder.preempt_list[-len(victims) :] = reversed(victims)
+    adder.running_batch.batch_is_full = False
 
 
 @contextmanager
-def prefill_only_admission(adder: Any, req: Request) -> Iterator[None]:
-    """Within the block, SGLang checks that the prefill of `req` fits, and reserves nothing for outputs."""
+def _preemption_budget(adder: Any, freed: Callable[[Request], float]) -> Iterator[None]:
+    """Within the block, preemption lacks more tokens than there are, and a candidate gives back what `freed` says."""
+    offset = adder.rem_total_token_offset
+    adder.rem_total_token_offset = NO_ROOM
+    adder._get_running_request_total_token_offset = freed
+    try:
+        yield
+    finally:
+        del adder._get_running_request_total_token_offset
+        adder.rem_total_token_offset = offset
+
+
+def drop_output_reservation(adder: Any) -> None:
+    """Make a fresh adder forget what it has set aside for the outputs of running requests."""
+    adder.rem_total_token_offset = adder.cur_rem_token_offset
+
+
+@contextmanager
+def without_output_reservation() -> Iterator[None]:
+    """Within the block, SGLang checks that prefills fit, and sets nothing aside for the outputs that follow."""
     from sglang.srt.managers import schedule_policy
 
-    clip, ignore_eos = schedule_policy.CLIP_MAX_NEW_TOKENS, req.sampling_params.ignore_eos
-    reserved = sum(adder._get_running_request_total_token_offset(r) for r in adder.running_batch.reqs)
-    schedule_policy.CLIP_MAX_NEW_TOKENS = 0
-    # without a radix tree, `ignore_eos` selects a check of its own, by maximal lengths
-    req.sampling_params.ignore_eos = False
-    adder.rem_total_token_offset -= reserved
+    clip, schedule_policy.CLIP_MAX_NEW_TOKENS = schedule_policy.CLIP_MAX_NEW_TOKENS, 0
     try:
         yield
     finally:
         schedule_policy.CLIP_MAX_NEW_TOKENS = clip
-        req.sampling_params.ignore_eos = ignore_eos
-        adder.rem_total_token_offset += reserved
+
+
+@contextmanager
+def admitted_with_eos(req: Request) -> Iterator[None]:
+    """Within the block, `req` may end early: without a radix tree, SGLang admits `ignore_eos` by maximal lengths."""
+    sampling = req.sampling_params
+    ignore_eos, sampling.ignore_eos = sampling.ignore_eos, False
+    try:
+        yield
+    finally:
+        sampling.ignore_eos = ignore_eos
 
 
 def cache_dense_prefix(cache: Callable[..., None], req: Request, tree_cache: Any, **kwargs: Any) -> None:

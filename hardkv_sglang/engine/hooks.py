@@ -113,11 +113,52 @@ def around_add_one_req(
     hardkv: Attachment, original: Callable[..., Any], adder: Any, req: Request, *args: Any, **kwargs: Any
 ) -> Any:
     """add_one_req(self, req, ...): admits by the forecast footprint of all requests instead of by maximal lengths."""
-    room = compat.room_for(adder, req)
-    if not hardkv.runtime.admission.fits(room, adder.running_batch.reqs, adder.can_run_list, req):
-        return compat.no_token()
-    with compat.prefill_only_admission(adder, req):
+    if not hardkv.runtime.preemption.is_granted(req):
+        if adder.hardkv_pass is None:
+            running = compat.unfinished(adder.running_batch.reqs)
+            adder.hardkv_pass = hardkv.runtime.admission.open(running)
+        if not adder.hardkv_pass.fits(compat.room_for(adder, req), adder.can_run_list, req):
+            return compat.no_token()
+    with compat.without_output_reservation(), compat.admitted_with_eos(req):
         return original(adder, req, *args, **kwargs)
+
+
+def after_prefill_adder_init(hardkv: Attachment, _result: None, adder: Any, *_args: Any, **_kwargs: Any) -> None:
+    """PrefillAdder(page_size, tree_cache, ...): one pass over the waiting queue. Outputs are forecast, not reserved."""
+    compat.drop_output_reservation(adder)
+    adder.hardkv_pass = None
+
+
+def around_add_chunked_req(hardkv: Attachment, original: Callable[..., Any], adder: Any, req: Request) -> Any:
+    """add_chunked_req(self, req): the next chunk of a prompt that was admitted with all its chunks and its output."""
+    with compat.without_output_reservation():
+        return original(adder, req)
+
+
+def around_preempt_to_schedule(
+    hardkv: Attachment, original: Callable[..., bool], adder: Any, req: Request, server_args: Any
+) -> bool:
+    """preempt_to_schedule(self, req, server_args): the batch is full; True if others were preempted for `req`, which
+    add_one_req is asked to admit next. Nobody calls them back if it does not."""
+    candidates = compat.preemptible(original, adder, req, server_args)
+    victims = hardkv.runtime.preemption.choose(adder, req, candidates)
+    if not victims:
+        return False
+    compat.preempt(original, adder, req, server_args, victims)
+    adder.hardkv_pass = None
+    hardkv.runtime.preemption.grant(req, adder.preempt_list[-len(victims) :])
+    return True
+
+
+def after_get_new_batch_prefill_raw(
+    hardkv: Attachment, plan: tuple[Any, Any], scheduler: Any, *_args: Any, **_kwargs: Any
+) -> None:
+    """_get_new_batch_prefill_raw(self, prefill_delayer_single_pass, running_batch): one pass over the waiting queue.
+    A pass that admits nobody forgets whom it preempted."""
+    preempted = hardkv.runtime.preemption.end_pass()
+    if plan[0] is None:
+        for req in preempted:
+            scheduler._add_request_to_queue(req)
 
 
 def after_get_total_uncached_sizes(hardkv: Attachment, sizes: tuple[int, int], checker: Any) -> tuple[int, int]:
@@ -199,8 +240,24 @@ RUNTIME_HOOKS = (
         HookType.AROUND, around_maybe_cache_unfinished_req, "retracted requests stay compressible",
     ),
     Hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.__init__",
+        HookType.AFTER, after_prefill_adder_init, "no reservation for outputs",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
+        HookType.AROUND, around_add_chunked_req, "no reservation for outputs",
+    ),
+    Hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
         HookType.AROUND, around_add_one_req, "admit by footprint",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.preempt_to_schedule",
+        HookType.AROUND, around_preempt_to_schedule, "preempt by footprint, and only for who will start",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw",
+        HookType.AFTER, after_get_new_batch_prefill_raw, "queue whom a pass preempted in vain",
     ),
     Hook(
         "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes",

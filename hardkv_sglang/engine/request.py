@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +22,7 @@ class TreeNode(Protocol):
 
     id: int
     key: Sized
+    lock_ref: int  # requests whose path it is on
     parent: TreeNode | None
 
 
@@ -40,6 +41,7 @@ class Request(Protocol):
     sampling_params: Sampling
     origin_input_ids: Sequence[int]
     output_ids: Sequence[int]
+    full_untruncated_fill_ids: Sequence[int]  # prompt and output, since the last `init_next_round_input`
     prefix_indices: torch.Tensor  # slots of the leading tokens that need no prefill
     last_node: TreeNode | None
     cache_protected_len: int
@@ -52,6 +54,9 @@ class Request(Protocol):
 
     def finished(self) -> bool:
         """Whether the request has ended."""
+
+    def init_next_round_input(self, tree_cache: Any) -> None:
+        """Look up what is cached of the request, before it is admitted."""
 
     def set_extend_range(self, start: int, end: int) -> None:
         """Move the range of the prefill."""

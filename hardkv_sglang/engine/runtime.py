@@ -13,6 +13,7 @@ from hardkv_sglang.engine.admission import Admission
 from hardkv_sglang.engine.audit import Audit
 from hardkv_sglang.engine.backends import TieredBackend
 from hardkv_sglang.engine.overrides import is_opted_out
+from hardkv_sglang.engine.preemption import Preemption
 from hardkv_sglang.engine.request import Request
 from hardkv_sglang.events.executor import EventExecutor, SelectReport, SettledCounts
 from hardkv_sglang.kernels.footprint import Footprint
@@ -47,6 +48,7 @@ class HardKVRuntime:
         self.prefixes = PrefixGrouper(self.cfg.min_shared_tokens, self.cfg.layout.num_slots)
         self.relief = PressureRelief(self.planner)
         self.admission = Admission(self.planner, self.relief, self.states)
+        self.preemption = Preemption(self.admission, self.states, self.cfg.layout.page_size)
         self.audit = Audit(executor.memory, self.states, executor.tp_group is not None)
         self.statistics = Statistics.keeping(self.cfg.options.request_reports)
         self.pending: list[StepPlan] = []  # planned by the scheduler, not yet launched
@@ -152,9 +154,8 @@ class HardKVRuntime:
 
     def uncached_tokens(self, reqs: list[Request]) -> int:
         """Pool tokens that these requests hold less than their lengths say (negative: more)."""
-        page_size = self.cfg.layout.page_size
         states = [self.states[req] for req in reqs if req in self.states]
-        return sum(s.condensed_end - s.prefix_end - s.num_condensed_pages * page_size for s in states)
+        return sum(state.freed_tokens(self.cfg.layout.page_size) for state in states)
 
     def check_idle(self, tree_cache: Any) -> None:
         """Look after a server without requests, once after each busy period: SGLang polls while idle.

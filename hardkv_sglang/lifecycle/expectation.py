@@ -53,8 +53,8 @@ class KeptShare:
 
     def tokens(self, aged_tokens: NDArray[Any]) -> NDArray[Any]:
         """Tokens that requests with so many aged tokens are expected to keep."""
-        ages = np.minimum(aged_tokens // self._span, len(self._shares) - 1)
-        return aged_tokens * self._shares[ages.astype(np.intp)]
+        ages = aged_tokens.astype(np.int64) // self._span
+        return aged_tokens * self._shares[np.minimum(ages, len(self._shares) - 1)]
 
 
 @dataclass

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
+import numpy as np
+
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.lifecycle.request_state import RequestState, View
 from hardkv_sglang.lifecycle.schedule import COUNT_DELAY
+from hardkv_sglang.lifecycle.snapshot import UNKNOWN, Snapshot
 from hardkv_sglang.lifecycle.step_plan import NO_EARLY_EVENTS, EarlyEvents
 
 WORTHWHILE_PAGES = 1  # least net gain of an early event
@@ -49,6 +52,18 @@ class PressureRelief:
     def copy_pages(self, views: Iterable[View]) -> int:
         """Token pages that the largest condense event to come copies into."""
         return max((self.survivors(*view) for view in views), default=0)
+
+    def largest_copy(self, of: Snapshot) -> int:
+        """`copy_pages` of many requests at once."""
+        if not len(of.seq_len):
+            return 0
+        aged_end = (of.seq_len - self.cfg.options.recent_tokens) // self.page_size * self.page_size
+        target = np.minimum(aged_end, of.condensed_end + self.cfg.max_sparse_span)
+        aged = np.maximum(target, of.recent_start) - of.prefix_end
+        expected = np.maximum(self.kept.tokens(aged).astype(np.int64), np.minimum(aged, self.cfg.min_kept_tokens))
+        pages = np.maximum(-(-expected // self.page_size), of.num_condensed_pages)
+        is_settled = (of.survivor_pages != UNKNOWN) & (of.seq_len >= of.selected_at + COUNT_DELAY)
+        return int(np.where(is_settled, of.survivor_pages, pages.clip(max=self.cfg.max_condensed_pages)).max())
 
     def pages_opened(self, seq_len: int) -> int:
         """Token pages that a request takes in the steps ahead."""

@@ -52,6 +52,10 @@ class RequestState:
         """Positions in the sparse tier, kept or not."""
         return self.recent_start - self.condensed_end
 
+    def freed_tokens(self, page_size: int) -> int:
+        """Pool tokens that the request holds less than its length says (negative: more)."""
+        return self.condensed_end - self.prefix_end - self.num_condensed_pages * page_size
+
 
 View = tuple[RequestState, int]
 """A running request and its tokens with KV written or in flight."""

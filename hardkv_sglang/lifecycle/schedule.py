@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import ceil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hardkv_sglang.lifecycle.request_state import RequestState, View
+from hardkv_sglang.lifecycle.snapshot import UNKNOWN, Snapshot
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 
 NEVER = 1 << 40
@@ -111,14 +116,22 @@ class EventSchedule:
         """A full sparse tier is condensed even if nothing is gained: only that makes room for later events."""
         return self._is_full(state.sparse_span) or self.condense_gain(state) >= self.cfg.options.min_freed_pages
 
-    def _is_full(self, sparse_span: int) -> bool:
+    def _is_full(self, sparse_span: Any) -> Any:
         """Whether the tables have no room for another interval of sparse tokens."""
         return sparse_span + self.select_span > self.cfg.max_sparse_span
 
-    def steps_to_condense(self, state: RequestState, seq_len: int) -> int:
-        """Decode steps until the next condense event that is on schedule."""
-        if state.sparse_span >= self.condense_span and (state.survivor_pages is None or self._is_worth_a_copy(state)):
-            return COUNT_DELAY
-        missing = max(1, ceil((self.condense_span - state.sparse_span) / self.select_span))
-        selected_at = state.recent_start + missing * self.select_span + self.recent_tokens
-        return max(selected_at, state.observe_from + self.query_window) - seq_len + COUNT_DELAY
+    def steps_to_condense(self, of: Snapshot) -> NDArray[np.int64]:
+        """Decode steps until the next condense event of each request that is on schedule, [N]."""
+        sparse_span = of.sparse_span
+        gain = sparse_span // self.cfg.layout.page_size + of.num_condensed_pages - of.survivor_pages
+        is_worth = (of.survivor_pages == UNKNOWN) | self._is_full(sparse_span)
+        is_worth |= gain >= self.cfg.options.min_freed_pages
+        missing = -((sparse_span - self.condense_span) // self.select_span)
+        selected_at = of.recent_start + missing.clip(min=1) * self.select_span + self.recent_tokens
+        steps = np.maximum(selected_at, of.observe_from + self.query_window) - of.seq_len
+        return np.where((sparse_span >= self.condense_span) & is_worth, 0, steps) + COUNT_DELAY
+
+    def steps_to_first_condense(self, prefix_end: int, seq_len: int) -> int:
+        """The same for a request that has not decoded yet."""
+        selected_at = prefix_end + max(1, ceil(self.condense_span / self.select_span)) * self.select_span
+        return max(selected_at + self.recent_tokens, seq_len + self.query_window) - seq_len + COUNT_DELAY

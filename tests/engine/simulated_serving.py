@@ -6,7 +6,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 from lifecycle.page_pool import PAGE, PagePool
 
@@ -38,6 +37,7 @@ class Request:
     prefix_indices: tuple[int, ...] = ()
     req_pool_idx: int = 0
     kv_committed_len: int = 0
+    custom_params: dict[str, str] | None = None
 
     @property
     def origin_input_ids(self) -> range:
@@ -48,8 +48,8 @@ class Request:
         return range(self.num_decoded)
 
     @property
-    def sampling_params(self) -> SimpleNamespace:
-        return SimpleNamespace(max_new_tokens=self.max_new_tokens, ignore_eos=self.ignore_eos, custom_params=None)
+    def sampling_params(self) -> Request:
+        return self
 
 
 @dataclass
@@ -89,10 +89,11 @@ class Serving:
 
     def prefill(self) -> bool:
         admitted: list[Request] = []
+        admission = self.admission.open(self.running)
         while not self.is_full and self.waiting and len(self.running) + len(admitted) < self.max_running:
             req = self.waiting[0]
             taken = sum(-(-(r.num_prompt + r.num_decoded) // PAGE) + 1 for r in [*admitted, req])
-            fits = self.admission.fits(len(self.pool.free) * PAGE, self.running, admitted, req)
+            fits = admission.fits(len(self.pool.free) * PAGE, admitted, req)
             if not fits or taken > len(self.pool.free):
                 self.is_full = True
                 break
@@ -159,11 +160,11 @@ class Serving:
             if not op.state.released:
                 self.settle(op.state)
         for req in self.running:
-            if req not in self.states:
+            if req not in self.states and req.custom_params is None:
                 self.states[req] = self.planner.admit(
                     req.req_pool_idx, req.num_prompt, req.num_prompt // PAGE * PAGE, req.kv_committed_len
                 )
-        views = [(self.states[r], r.kv_committed_len) for r in self.running]
+        views = [(self.states[r], r.kv_committed_len) for r in self.running if r in self.states]
         seq_lens, free = [r.kv_committed_len for r in self.running], len(self.pool.free)
         self.statistics.count_rescue(self.relief.is_rescue(views, seq_lens, free))
         self.pool.log.clear()
@@ -171,10 +172,11 @@ class Serving:
         if self.is_checked:
             assert plan.num_events <= self.options.max_events_per_step
             self.check(views)
-        for req, (state, _) in zip(self.running, views, strict=True):
+        for req in self.running:
+            state = self.states.get(req)
             if req.retractions and any(op.state is state for op in plan.condenses):
                 self.condenses_after_retraction[req.rid] = self.condenses_after_retraction.get(req.rid, 0) + 1
-        self.admission.output_length.add_tokens(len(views))
+        self.admission.output_length.add_tokens(len(self.running))
         self.statistics.count_plan(plan)
         self.in_flight.append(plan.selects)
         self.is_full &= not plan.freed_pages

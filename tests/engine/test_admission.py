@@ -176,7 +176,8 @@ def test_overdue_events_are_still_to_come() -> None:
         prompt=0, held=640, dense=640, condensed=0, aged=0, first_condense=-30, expected_steps=8, most_steps=8
     )
     # nothing is given back before the next step, and a page more is opened in it
-    assert forecast.peak_growth([outlook], kept, 1) >= PAGE
+    none = Outlook(*[np.zeros(0)] * len(outlook))
+    assert forecast.make(none.stack([outlook]), kept, 1).growth(0) >= PAGE
 
 
 def test_output_length_counts_running_requests() -> None:

@@ -30,7 +30,8 @@ from sglang.srt.server_args import ServerArgs
 from hardkv_sglang.engine.admission import Admission
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
-from hardkv_sglang.engine.hooks import around_add_one_req
+from hardkv_sglang.engine.hooks import after_prefill_adder_init, around_add_chunked_req, around_add_one_req
+from hardkv_sglang.engine.preemption import Preemption
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.engine.platform.allocator import TorchPagedAllocator
@@ -46,7 +47,9 @@ cache = (RadixCache if has_tree else ChunkCache)(CacheInitParams(
 planner = LifecyclePlanner(ResolvedConfig(
     HardKVConfig(select_interval=512), PoolLayout(2, 2, 64, PAGE, TOKENS + PAGE), 4, 0.125, 65, 8192))
 states = {}
-hardkv = SimpleNamespace(runtime=SimpleNamespace(admission=Admission(planner, PressureRelief(planner), states)))
+admission = Admission(planner, PressureRelief(planner), states)
+hardkv = SimpleNamespace(runtime=SimpleNamespace(
+    admission=admission, preemption=Preemption(admission, states, PAGE)))
 
 def request(index, num_prompt=40, ignore_eos=True):
     sampling = SamplingParams(max_new_tokens=MOST, ignore_eos=ignore_eos)
@@ -57,6 +60,11 @@ def request(index, num_prompt=40, ignore_eos=True):
 
 def adder(running):
     return PrefillAdder(PAGE, cache, allocator, SimpleNamespace(reqs=running), 0.7, 16384, 2048)
+
+def our_adder(running):
+    batch = adder(running)
+    after_prefill_adder_init(hardkv, None, batch)
+    return batch
 
 def admit(add, batch, reqs):
     for number, req in enumerate(reqs):
@@ -71,14 +79,14 @@ def ours(batch, req):
     return around_add_one_req(hardkv, PrefillAdder.add_one_req, batch, req, False, None)
 
 requests = [request(i) for i in range(16)]
-few, many = admit(stock, adder([]), requests), admit(ours, adder([]), [request(i) for i in range(16, 32)])
+few, many = admit(stock, adder([]), requests), admit(ours, our_adder([]), [request(i) for i in range(16, 32)])
 # dense they need 3040 tokens each; compressed 40 + 672 dense ones and at most 0.7 * 2400 condensed ones at the end
 assert few == 1, few
 assert many == 2, many
 for age in range(1, 6):
     for _ in range(50):
         planner.kept.add(age * 51, age * 512)
-batch = adder([])
+batch = our_adder([])
 more = admit(ours, batch, [request(i) for i in range(32, 48)])
 assert more >= 5, more
 assert len(batch.can_run_list) == more
@@ -87,22 +95,39 @@ assert len(batch.can_run_list) == more
 assert schedule_policy.CLIP_MAX_NEW_TOKENS == 4096
 assert all(r.sampling_params.ignore_eos for r in batch.can_run_list)
 
-# requests that run are counted without SGLang's reservation for them, which stays for its other checks
+# requests that run are counted without SGLang's reservation for them
 running = batch.can_run_list
 rows.alloc(running)
 for req in running:
     slots = allocator.alloc(2 * PAGE)
     req.kv_committed_len, req.kv = 40, ReqKvInfo(kv_allocated_len=40, swa_evicted_seqlen=0)
     states[req] = planner.admit(int(req.req_pool_idx), 40, 32, 40)
-batch = adder(running)
-reserved = batch.rem_total_token_offset
-assert reserved >= len(running) * MOST * 0.7
+assert adder(running).rem_total_token_offset >= len(running) * MOST * 0.7
+batch = our_adder(running)
+assert batch.rem_total_token_offset == 0
 assert ours(batch, request(50)) == AddReqResult.NO_TOKEN
-assert batch.rem_total_token_offset == reserved
+assert batch.rem_total_token_offset == 0
 # all running requests have ended but one
-batch = adder(running[:1])
+batch = our_adder(running[:1])
 assert ours(batch, request(51, ignore_eos=False)) == AddReqResult.CONTINUE
-assert batch.rem_total_token_offset < 2 * MOST
+assert batch.rem_total_token_offset <= 3 * PAGE
+
+# a chunk of a long prompt is a whole one, where stock, which would rather keep room for outputs, takes a few tokens
+free = allocator.available_size() + cache.evictable_size()
+ratio = (free - 5.5) / (len(running) * MOST)
+for is_ours, length in ((False, 5), (True, 2048)):
+    batch = PrefillAdder(PAGE, cache, allocator, SimpleNamespace(reqs=running), ratio, 16384, 2048)
+    req = request(60, 3000)
+    if is_ours:
+        after_prefill_adder_init(hardkv, None, batch)
+        assert around_add_chunked_req(hardkv, PrefillAdder.add_chunked_req, batch, req) is req
+    else:
+        batch.add_chunked_req(req)
+    assert req.extend_range.length == length, req.extend_range
+# and the last chunk sets nothing aside for the output, which would keep others out
+batch = our_adder(running)
+assert around_add_chunked_req(hardkv, PrefillAdder.add_chunked_req, batch, request(61, 1000)) is None
+assert batch.rem_total_token_offset == 1024 + PAGE
 print("ok", few, many, more)
 """
 
