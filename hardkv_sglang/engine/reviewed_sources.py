@@ -35,8 +35,16 @@ REVIEWED: Mapping[str, Mapping[str, str]] = {
             "0fb7e224c7441212",
         "sglang.srt.mem_cache.common.maybe_cache_unfinished_req":
             "1711eac8200b7000",
+        "sglang.srt.managers.schedule_policy.PrefillAdder.__init__":
+            "5b450328ed853f7d",
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req":
+            "bd89cdcf19fcb51e",
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req":
             "5e88d3ab43c32b9e",
+        "sglang.srt.managers.schedule_policy.PrefillAdder.preempt_to_schedule":
+            "c0f6035df122ea6c",
+        "sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw":
+            "53250b561fd8429d",
         "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes":
             "a7e9f849094af112",
         "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker.self_check_during_busy":
