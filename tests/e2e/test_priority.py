@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from e2e.compressed import FAST, STRICT, decode, fewer_layers, fresh_rid, hardkv_state, prompt_ids
+from e2e.compressed import FAST, STRICT, decode, fewer_layers, fresh_rid, prompt_ids
 
 from hardkv_sglang.cli.server_process import ServerProcess as Server
 
@@ -59,11 +59,9 @@ def finish(reply: Any) -> str:
     return reply["meta_info"]["finish_reason"]["type"]
 
 
-# Prompts that need the pages of several running requests: SGLang's own estimate, which leaves out the prompt of a
-# request that it sees for the first time, and the forecast differ about how many
-@pytest.mark.parametrize(
-    ("num_prompt", "num_output"), [(1200, 175), (1150, 185), (1250, 150), (2000, 200), (2300, 200)]
-)
+# Prompts that need the pages of some running requests, and of all: SGLang's own estimate, which leaves out the prompt
+# of a request that it sees for the first time, and the forecast differ about how many
+@pytest.mark.parametrize(("num_prompt", "num_output"), [(1200, 175), (2300, 200)])
 @pytest.mark.parametrize("sampling", [DENSE, COMPRESSED], ids=["dense", "compressed"])
 def test_nobody_is_lost(server_for: ServerFor, sampling: Mapping[str, Any], num_prompt: int, num_output: int) -> None:
     server = server_for(PRIORITIES, STRICT)
@@ -77,42 +75,4 @@ def test_nobody_is_lost(server_for: ServerFor, sampling: Mapping[str, Any], num_
     assert len(replies[high]["output_ids"]) == num_output
     assert [len(replies[rid]["output_ids"]) for rid in low] == [200] * MOST_RUNNING
     assert replies[high]["meta_info"]["num_retractions"] == 0
-    server.check_idle()
-
-
-def test_preempted_requests_can_be_aborted(server_for: ServerFor) -> None:
-    server = server_for(PRIORITIES, STRICT)
-    server.flush_cache()
-    with ThreadPoolExecutor(MOST_RUNNING + 1) as executor:
-        load = Load(server, executor, DENSE)
-        low = load.fill(350, seed=930)
-        high = load.send(1200, 700, 100, seed=985)
-        deadline = time.monotonic() + TIMEOUT_S
-        while "#queue-req: 0," in server.log_text().rsplit("Decode batch", 1)[-1]:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        for rid in low:
-            server.abort(rid)
-        assert [finish(load.reply(rid)) for rid in low] == ["abort"] * MOST_RUNNING
-        assert finish(load.reply(high)) == "length"
-    server.check_idle()
-
-
-def test_a_newcomer_throws_out_no_more_than_it_needs(server_for: ServerFor) -> None:
-    server = server_for(PRIORITIES, STRICT)
-    server.flush_cache()
-    with ThreadPoolExecutor(MOST_RUNNING + 1) as executor:
-        load = Load(server, executor, COMPRESSED)
-        before = hardkv_state(server)["condense_events"]
-        low = load.fill(400, seed=950)
-        deadline = time.monotonic() + TIMEOUT_S
-        while hardkv_state(server)["condense_events"] < before + MOST_RUNNING:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        high = load.send(100, 700, 100, seed=990)
-        replies = [load.reply(rid) for rid in low]
-        assert len(load.reply(high)["output_ids"]) == 700
-    assert [len(reply["output_ids"]) for reply in replies] == [400] * MOST_RUNNING
-    # it takes the place of one; the memory of the others is not needed
-    assert sum(reply["meta_info"]["num_retractions"] for reply in replies) == 1
     server.check_idle()
