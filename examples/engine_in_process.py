@@ -1,7 +1,7 @@
 """SGLang's Engine in this process, without a server: several generations at once, and what compression did.
 
     python examples/engine_in_process.py --model MODEL
-    python examples/engine_in_process.py --model "$(hardkv model)" --tokens 320 \\
+    python examples/engine_in_process.py --model "$(hardkv model)" --dtype float32 --tokens 320 \\
         --config '{"recent_tokens": 32, "query_window": 16, "select_interval": 32, "condense_interval": 96}'
 
 The second line runs on a CPU with the small demo model, and with intervals so short that a few hundred tokens see
@@ -23,11 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or name of the model")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of each generation (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="of weights and KV; float32 is twice as fast on a CPU")
     parser.add_argument("--config", type=json.loads, default={}, help="options of compression, a JSON object")
     args = parser.parse_args()
 
     engine = sgl.Engine(
         model_path=args.model,
+        dtype=args.dtype,
         kv_compression="hardkv",
         kv_compression_config=args.config,
         max_total_tokens=POOL_TOKENS,

@@ -14,26 +14,34 @@ from typing import Any
 import sglang as sgl
 
 
+PROMPT = "An essay about the history of bread.\n\nBread is one of the oldest foods."
+CONTINUATIONS = {
+    "recipe": "\n\nA recipe for a loaf of bread:\n1.",
+    "advertisement": "\n\nAn advertisement for a bakery:\n",
+}
+
+
 @sgl.function
-def story(s: Any, subject: str, tokens: int) -> None:
-    """A draft, and two endings that do not see each other."""
-    s += sgl.user(f"Tell a story about {subject}.")
-    s += sgl.assistant(sgl.gen("draft", max_tokens=tokens, temperature=0))
-    endings = s.fork(2)
-    for fork, mood in zip(endings, ("happy", "sad"), strict=True):
-        fork += sgl.user(f"Now tell a {mood} ending.")
-        fork += sgl.assistant(sgl.gen("ending", max_tokens=tokens, temperature=0))
-    s["happy"], s["sad"] = (fork["ending"] for fork in endings)
+def essay(s: Any, tokens: int) -> None:
+    """A draft, and continuations that do not see each other."""
+    # all parts get their full length, whether the model would end earlier or not
+    length: dict[str, Any] = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    s += PROMPT + sgl.gen("draft", **length)
+    forks = s.fork(len(CONTINUATIONS))
+    for fork, (name, start) in zip(forks, CONTINUATIONS.items(), strict=True):
+        fork += start + sgl.gen(name, **length)
+    for fork, name in zip(forks, CONTINUATIONS, strict=True):
+        s[name] = fork[name]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="of the server (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=512, help="most tokens of each part (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each part (default: %(default)s)")
     args = parser.parse_args()
     sgl.set_default_backend(sgl.RuntimeEndpoint(args.url))
-    state = story.run(subject="a lighthouse keeper who learns to read the weather", tokens=args.tokens)
-    for part in ("draft", "happy", "sad"):
+    state = essay.run(tokens=args.tokens)
+    for part in ("draft", *CONTINUATIONS):
         print(f"--- {part}\n{state[part]}\n")
 
 

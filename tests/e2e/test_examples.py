@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 from e2e.compressed import SHORT, SHORT_INTERVALS, STRICT, hardkv_state, whole_model
-from e2e.server import DEFAULT_ENV
+from e2e.server import DEFAULT_ENV, DEVICE_FLAGS
 
 from hardkv_sglang.cli.server_process import ServerProcess as Server
 
@@ -53,16 +53,18 @@ def test_openai_client(server: Server) -> None:
 def test_frontend_program(server: Server) -> None:
     before = hardkv_state(server)["select_events"]
     output = run_example("frontend_program.py", "--url", server.url, "--tokens", "120")
-    parts = re.findall(r"--- (\w+)\n(.+?)\n\n", output, re.DOTALL)
-    assert [name for name, _ in parts] == ["draft", "happy", "sad"]
-    assert len({text for _, text in parts}) == 3
+    _, draft, recipe, advertisement = re.split(r"^--- (?:draft|recipe|advertisement)\n", output, flags=re.MULTILINE)
+    assert len({draft, recipe, advertisement}) == 3
+    assert min(map(len, (draft, recipe, advertisement))) > 120  # a character a token, at least
     assert hardkv_state(server)["select_events"] > before
     server.check_idle()
 
 
 def test_engine_in_process(demo_model: Path) -> None:
     output = run_example(
-        "engine_in_process.py", "--model", str(demo_model), "--tokens", "200", "--config", json.dumps(SHORT_INTERVALS)
+        "engine_in_process.py",
+        *("--model", str(demo_model), "--dtype", DEVICE_FLAGS["dtype"]),
+        *("--tokens", "200", "--config", json.dumps(SHORT_INTERVALS)),
     )
     (figures,) = re.findall(r"(\d+) select and (\d+) condense events; (\d+) token pages given back", output)
     assert min(map(int, figures)) >= 1
