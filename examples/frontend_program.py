@@ -13,7 +13,6 @@ from typing import Any
 
 import sglang as sgl
 
-
 PROMPT = "An essay about the history of bread.\n\nBread is one of the oldest foods."
 CONTINUATIONS = {
     "recipe": "\n\nA recipe for a loaf of bread:\n1.",
