@@ -76,3 +76,21 @@ def test_nobody_is_lost(server_for: ServerFor, sampling: Mapping[str, Any], num_
     assert [len(replies[rid]["output_ids"]) for rid in low] == [200] * MOST_RUNNING
     assert replies[high]["meta_info"]["num_retractions"] == 0
     server.check_idle()
+
+
+def test_preempted_requests_can_be_aborted(server_for: ServerFor) -> None:
+    server = server_for(PRIORITIES, STRICT)
+    server.flush_cache()
+    with ThreadPoolExecutor(MOST_RUNNING + 1) as executor:
+        load = Load(server, executor, DENSE)
+        low = load.fill(350, seed=930)
+        high = load.send(1200, 700, 100, seed=985)
+        deadline = time.monotonic() + TIMEOUT_S
+        while "#queue-req: 0," in server.log_text().rsplit("Decode batch", 1)[-1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for rid in low:
+            server.abort(rid)
+        assert [finish(load.reply(rid)) for rid in low] == ["abort"] * MOST_RUNNING
+        assert finish(load.reply(high)) == "length"
+    server.check_idle()
