@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from e2e.compressed import FAST, STRICT, decode, fewer_layers, fresh_rid, prompt_ids
+from e2e.compressed import FAST, STRICT, decode, fewer_layers, fresh_rid, hardkv_state, prompt_ids
 
 from hardkv_sglang.cli.server_process import ServerProcess as Server
 
@@ -93,4 +93,24 @@ def test_preempted_requests_can_be_aborted(server_for: ServerFor) -> None:
             server.abort(rid)
         assert [finish(load.reply(rid)) for rid in low] == ["abort"] * MOST_RUNNING
         assert finish(load.reply(high)) == "length"
+    server.check_idle()
+
+
+def test_a_newcomer_throws_out_no_more_than_it_needs(server_for: ServerFor) -> None:
+    server = server_for(PRIORITIES, STRICT)
+    server.flush_cache()
+    with ThreadPoolExecutor(MOST_RUNNING + 1) as executor:
+        load = Load(server, executor, COMPRESSED)
+        before = hardkv_state(server)["condense_events"]
+        low = load.fill(400, seed=950)
+        deadline = time.monotonic() + TIMEOUT_S
+        while hardkv_state(server)["condense_events"] < before + MOST_RUNNING:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        high = load.send(100, 700, 100, seed=990)
+        replies = [load.reply(rid) for rid in low]
+        assert len(load.reply(high)["output_ids"]) == 700
+    assert [len(reply["output_ids"]) for reply in replies] == [400] * MOST_RUNNING
+    # it takes the place of one; the memory of the others is not needed
+    assert sum(reply["meta_info"]["num_retractions"] for reply in replies) == 1
     server.check_idle()
