@@ -18,6 +18,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.server_args import ServerArgs
 from torch import nn
 
+from hardkv_sglang.engine.arguments import refuse_unsupported
 from hardkv_sglang.engine.refusals.models import MODEL_REFUSALS, refused_model
 from hardkv_sglang.engine.refusals.server_flags import SERVER_REFUSALS, refused_server_flags
 
@@ -42,7 +43,6 @@ CONSTRUCTED: dict[str, dict[str, Any]] = {
     "page_size": {"page_size": 8},
     "kv_cache_dtype": {"kv_cache_dtype": "fp8_e5m2"},
     "cuda_graph_config": {"cuda_graph_backend_decode": "tc_piecewise"},
-    "enable_torch_compile": {"enable_torch_compile": True},
     "enable_memory_saver": {"enable_memory_saver": True},
     "enable_mixed_chunk": {"enable_mixed_chunk": True},
     "enable_two_batch_overlap": {"enable_two_batch_overlap": True},
@@ -70,6 +70,7 @@ CONSTRUCTED: dict[str, dict[str, Any]] = {
 
 # Flags that SGLang refuses by itself on a CPU or for this model: set on resolved arguments.
 FORCED: dict[str, dict[str, Any]] = {
+    "enable_torch_compile": {"enable_torch_compile": True},
     "attention_backend": {"device": "cuda", "attention_backend": "triton"},
     "enable_page_major_kv_layout": {"enable_page_major_kv_layout": True},
     "enable_unified_memory": {"enable_unified_memory": True},
@@ -296,6 +297,13 @@ MODEL_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_model_refused(tmp_path: Path, case: str) -> None:
     name, parts = MODEL_CASES[case]
     assert refused_model(runner(tmp_path, **parts)) == [message_of(name)]
+
+
+def test_model_with_latent_attention_is_refused_before_it_is_loaded(tmp_path: Path, llama_folder: str) -> None:
+    folder = save_config(tmp_path, MODEL_CASES["deepseek-v2"][1]["config"])
+    with pytest.raises(ValueError, match=re.escape(message_of("mla"))):
+        refuse_unsupported(server_args(folder))
+    refuse_unsupported(server_args(llama_folder))
 
 
 def test_model_gpt_oss_is_refused_for_windows_and_sinks(tmp_path: Path) -> None:

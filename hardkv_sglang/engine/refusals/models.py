@@ -9,6 +9,7 @@ from hardkv_sglang.engine.refusals import Predicate, Refusal
 
 SUPPORTED_KV_TORCH_DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
 KERNEL_HEAD_SIZES = (64, 128, 256)
+MLA_MESSAGE = "models with multi-head latent attention (MLA) keep no per-head KV; remove --kv-compression"
 FULL_ATTENTION_LAYERS = ("attention", "full_attention")
 
 
@@ -19,6 +20,18 @@ def refused_model(model_runner: Any) -> list[str]:
     `KVCacheConfigurator` that it has by then: what is read here has the same names there.
     """
     return [row.message for row in MODEL_REFUSALS if row.predicate(model_runner)]
+
+
+def refused_architecture(model_config: Any) -> list[str]:
+    """Messages that need the configuration only, so that nothing is loaded first; empty if it may be compressed.
+
+    model_config: SGLang's `ModelConfig`. On a CPU stock fails while it builds such a model, with a message of its own.
+    """
+    return [MLA_MESSAGE] if _is_mla(model_config) else []
+
+
+def _is_mla(model_config: Any) -> bool:
+    return model_config.attention_arch.name == "MLA"
 
 
 def _attention_layers(model_runner: Any) -> Iterator[Any]:
@@ -98,8 +111,8 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "mla",
-        lambda runner: runner.model_config.attention_arch.name == "MLA",
-        "models with multi-head latent attention (MLA) keep no per-head KV; remove --kv-compression",
+        lambda runner: _is_mla(runner.model_config),
+        MLA_MESSAGE,
     ),
     Refusal(
         "mamba",
