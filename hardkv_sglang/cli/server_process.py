@@ -91,6 +91,11 @@ class ServerProcess:
         lines = self.log_text().split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
+    @property
+    def pid(self) -> int:
+        """Process that was started; its children are the server's other processes."""
+        return self._process.pid
+
     def command_text(self) -> str:
         """The command as one would type it."""
         return shlex.join(["python", "-m", "sglang.launch_server", *self._arguments])
