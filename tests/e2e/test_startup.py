@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from e2e.compressed import STOCK
-from e2e.server import ServerPool
+from e2e.server import DEFAULT_ENV, DEFAULT_FLAGS, ServerPool
+
+from hardkv_sglang.cli.server_process import ServerProcess
+
+LATENT_ATTENTION = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 2,
+    "first_k_dense_replace": 2,
+    "vocab_size": 1024,
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.mark.parametrize(
@@ -21,4 +44,13 @@ def test_refusal(server_pool: ServerPool, flags: dict[str, Any], message: str) -
     server = server_pool.launch({**STOCK, "kv-compression": "hardkv", **flags}, {})
     assert server.wait_exit() != 0
     assert message in server.log_text()
+    server.stop()
+
+
+def test_a_model_with_latent_attention(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LATENT_ATTENTION))
+    flags = {"load-format": "dummy", "skip-tokenizer-init": True, "kv-compression": "hardkv"}
+    server = ServerProcess(tmp_path, {**DEFAULT_FLAGS, **flags}, DEFAULT_ENV, tmp_path / "server.log")
+    assert server.wait_exit() != 0
+    assert "multi-head latent attention (MLA)" in server.log_text()
     server.stop()
