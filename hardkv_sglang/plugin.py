@@ -73,7 +73,8 @@ def before_scheduler_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwa
     if options is None:
         return
     from hardkv_sglang.engine.assembly import Attachment
-    from hardkv_sglang.engine.hooks import RUNTIME_HOOKS, install
+    from hardkv_sglang.engine.hooks import RUNTIME_HOOKS
+    from hardkv_sglang.engine.installation import install
 
     arguments.refuse_unsupported(server_args)
     install(RUNTIME_HOOKS, Attachment(options))

@@ -17,9 +17,10 @@ import sglang.srt.managers.scheduler
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from hardkv_sglang.engine import arguments
-from hardkv_sglang.engine import hooks
+from hardkv_sglang.engine import installation
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.engine.hooks import RUNTIME_HOOKS, Hook, HookError, install, is_called
+from hardkv_sglang.engine.hooks import RUNTIME_HOOKS
+from hardkv_sglang.engine.installation import Hook, HookError, install, is_called
 from hardkv_sglang.plugin import before_scheduler_init
 from hardkv_sglang.engine.assembly import Attachment
 
@@ -88,7 +89,7 @@ messages = []
 class Listener(logging.Handler):
     def emit(self, record):
         messages.append(record.getMessage())
-logging.getLogger(hooks.__name__).addHandler(Listener())
+logging.getLogger(installation.__name__).addHandler(Listener())
 
 target, pristine, before = "sglang.srt.mem_cache.common.release_kv_cache", common.release_kv_cache, snapshot()
 
@@ -96,7 +97,7 @@ target, pristine, before = "sglang.srt.mem_cache.common.release_kv_cache", commo
 def wrapper(*args, **kwargs):
     return pristine(*args, **kwargs)
 common.release_kv_cache = wrapper
-hooks.check_sources(targets)
+installation.check_sources(targets)
 assert not messages
 
 common.release_kv_cache = lambda *args, **kwargs: pristine(*args, **kwargs)
@@ -105,12 +106,12 @@ assert target in message and PINNED in message, message
 assert not any(other in message for other in targets if other != target), message
 assert not {h.target for h in RUNTIME_HOOKS} & set(HookRegistry._patched), "nothing may be patched by then"
 
-hooks.installed_release = lambda: "0.5.18"
-hooks.check_sources(targets)
+installation.installed_release = lambda: "0.5.18"
+installation.check_sources(targets)
 (warning,) = messages
 assert target in warning and "0.5.18" in warning and PINNED in warning, warning
 common.release_kv_cache = pristine
-hooks.check_sources(targets)
+installation.check_sources(targets)
 assert len(messages) == 1
 assert snapshot() == before
 

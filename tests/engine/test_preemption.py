@@ -30,7 +30,8 @@ from sglang.srt.server_args import ServerArgs
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.assembly import Attachment
-from hardkv_sglang.engine.hooks import RUNTIME_HOOKS, install
+from hardkv_sglang.engine.hooks import RUNTIME_HOOKS
+from hardkv_sglang.engine.installation import install
 from hardkv_sglang.engine.platform.allocator import TorchPagedAllocator
 from hardkv_sglang.engine.runtime import HardKVRuntime
 from hardkv_sglang.memory_pool.layout import PoolLayout
