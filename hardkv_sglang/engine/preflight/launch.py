@@ -53,15 +53,17 @@ def inspect_launch(flags: Sequence[str]) -> list[Finding]:
     options = attached_options(server_args)
     if options is None:
         return [Finding(WARN, "flags", "--kv-compression none serves dense", "use --kv-compression hardkv")]
-    findings = inspect_flags(server_args)
     try:
         config = server_args.get_model_config()
     except SGLANG_ERRORS as error:
         text = f"{server_args.model_path} cannot be read: {error}"
-        return [*findings, Finding(REFUSED, "model", text, "check --model-path")]
+        return [*inspect_flags(server_args), Finding(REFUSED, "model", text, "check --model-path")]
     model_findings = inspect_model(config, server_args)
+    is_sound = all(finding.status == OK for finding in model_findings)
+    # the check of all flags refuses some models, too: they are named once, as models
+    findings = inspect_flags(server_args) if is_sound else refused_flags(server_args)
     findings += [*model_findings, *inspect_priors(options, config)]
-    if all(finding.status == OK for finding in model_findings):
+    if is_sound:
         findings += inspect_memory(options, config, server_args, kv_dtype_of(config, server_args))
     return findings
 
@@ -85,11 +87,16 @@ def resolve(flags: Sequence[str]) -> Any:
         return Finding(REFUSED, "flags", str(error), "change that flag, or check --model-path")
 
 
+def refused_flags(server_args: Any) -> list[Finding]:
+    """Our refusals of flags and environment variables."""
+    return [Finding.refused("flags", message) for message in refused_server_flags(server_args)]
+
+
 def inspect_flags(server_args: Any) -> list[Finding]:
     """Our refusals of flags and environment variables, then SGLang's own."""
-    refused = refused_server_flags(server_args)
+    refused = refused_flags(server_args)
     if refused:
-        return [Finding.refused("flags", message) for message in refused]
+        return refused
     try:
         server_args.check_server_args()
     except SGLANG_ERRORS as error:
