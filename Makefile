@@ -1,4 +1,4 @@
-# make demo | check | test | lint | soak | fidelity | serving | clean. Everything is installed into .venv; nothing else on the machine is touched.
+# make demo | check | test | lint | fuzz | soak | fidelity | serving | clean. Everything is installed into .venv; nothing else on the machine is touched.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install)
 
-.PHONY: demo check test lint soak fidelity serving clean
+.PHONY: demo check test lint fuzz soak fidelity serving clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -26,6 +26,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# nightly: 2000 hostile requests, each to our server and to a stock one; FUZZ_SEED chooses others
+FUZZ_SEED ?= $(shell date +%Y%m%d)
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -s -o timeout=14400 tests/e2e/test_hostile_input.py --hostile-cases 2000 --hostile-seed $(FUZZ_SEED)
 
 # mixed load for ten minutes, then what must hold; SOAK_ARGS='--minutes 60 --out soak.json'
 soak: $(VENV)/.installed-test

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 EMPTY: Mapping[str, str] = {}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many hostile requests are sent, and which."""
+    parser.addoption("--hostile-cases", default="100", help="of tests/e2e/test_hostile_input.py (default: 100)")
+    parser.addoption("--hostile-seed", default="0", help="of these cases (default: 0)")
+
+
 def pytest_configure() -> None:
     """Without a CUDA device, run kernels in Triton's interpreter: in this process only, servers start as users start
     them."""
