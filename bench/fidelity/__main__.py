@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from bench.fidelity.configurations import Configuration, full_sweep, quick_sweep
 from bench.fidelity.documents import DOCUMENTS, Document
 from bench.fidelity.needle import plant
-from bench.fidelity.report import Destination, write_report
+from bench.fidelity.plots import draw_all
+from bench.fidelity.report import write_report
 from bench.fidelity.tasks import Text, result_path
 from bench.fidelity.worker import Job, is_wanted, start_workers
 from hardkv_sglang.cli.demo_model import cache_directory, demo_model_path
@@ -106,10 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "bench.fidelity", *(sys.argv[1:] if argv is None else argv)])
     run = {"command": command, "seconds": round(time.monotonic() - started)}
     results = args.results or ROOT / "bench" / "results"
-    destination = Destination("fidelity", results, ROOT / "docs" / "img")
-    if args.quick:
-        destination = Destination("fidelity_quick", results, None)
-    write_report(console, ROOT, finished(folder, texts, configurations), run, destination)
+    name = "fidelity_quick" if args.quick else "fidelity"
+    summary = write_report(console, ROOT, finished(folder, texts, configurations), run, results, name)
+    if not args.quick:
+        draw_all(ROOT / "docs" / "img", summary.points, summary.few, summary.plain)
     return 0
 
 

@@ -128,18 +128,18 @@ def compare_answers(finished: Sequence[Finished]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Destination:
-    """Where a report goes."""
+class Summary:
+    """Points of the configurations that are finished, and where they come from."""
 
-    name: str  # of the JSON and CSV files
-    results: Path
-    pictures: Path | None  # None: draw nothing
+    points: list[dict[str, Any]]
+    few: list[dict[str, Any]]  # the same on the documents of the ablations
+    plain: list[Finished]  # without questions
 
 
 def write_report(
-    console: Console, root: Path, finished: Sequence[Finished], run: dict[str, Any], destination: Destination
-) -> None:
-    """Summarise everything that is finished: terminal, JSON, CSV and plots. root: the repository."""
+    console: Console, root: Path, finished: Sequence[Finished], run: dict[str, Any], results: Path, name: str
+) -> Summary:
+    """Summarise everything that is finished: terminal, JSON and CSV. root: the repository; name: of the two files."""
     plain = [task for task in finished if not task[1].spans]
     points = summarise_all(plain)
     if not points:
@@ -153,14 +153,11 @@ def write_report(
         "ablation_equal_bytes": compare_families(few),
         "needles": compare_answers([task for task in finished if task[1].spans]),
     }
-    destination.results.mkdir(parents=True, exist_ok=True)
-    (destination.results / f"{destination.name}.json").write_text(json.dumps(report, indent=1))
-    write_csv(destination.results / f"{destination.name}.csv", points)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{name}.json").write_text(json.dumps(report, indent=1))
+    write_csv(results / f"{name}.csv", points)
     console.print(headline_table(points))
-    if destination.pictures is not None:
-        from bench.fidelity.plots import draw_all
-
-        draw_all(destination.pictures, points, few, plain)
+    return Summary(points, few, plain)
 
 
 def write_csv(path: Path, points: Sequence[dict[str, Any]]) -> None:
