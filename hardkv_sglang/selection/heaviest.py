@@ -6,7 +6,7 @@ ties included. Temporary memory is that of one chunk, whatever the number of can
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,31 +29,45 @@ def heaviest(mass: torch.Tensor, limit: int, chunk: int = CHUNK) -> torch.Tensor
     mass: [N] float32 or float64, not negative; limit: fixed point. Of equal masses the earlier goes first.
     Returns [N] bool. Guarantees: no sync; the same set for any chunk.
     """
-    chunks = mass.split(chunk)
-    low = torch.zeros((), dtype=torch.int64, device=mass.device)
-    high = torch.full_like(low, INFINITY[mass.dtype])
+    parts = mass.split(chunk)
+    return _heaviest(parts, lambda i: fixed_point(parts[i]), torch.full((), limit, device=mass.device))
+
+
+def best(scores: torch.Tensor, valid: torch.Tensor, count: int, chunk: int = CHUNK) -> torch.Tensor:
+    """Mask of the `count` best valid candidates, or of all if there are fewer; of equal scores the later stays.
+
+    scores: [N] float32 or float64, not negative; valid: [N] bool. Returns [N] bool. Guarantees: see `heaviest`.
+    """
+    exist = valid.split(chunk)
+    return _heaviest(scores.split(chunk), lambda i: exist[i].long(), valid.sum() - count) & valid
+
+
+def _heaviest(parts: Sequence[torch.Tensor], weigh: Callable[[int], torch.Tensor], limit: torch.Tensor) -> torch.Tensor:
+    """See `heaviest`; weigh: of a part's number, what dropping each of it adds, [n] int64."""
+
+    def weight_up_to(bits: torch.Tensor) -> torch.Tensor:
+        weights = [torch.where(_bits(part) <= bits, weigh(i), 0).sum() for i, part in enumerate(parts)]
+        return torch.stack(weights).sum()
+
+    kind = parts[0].dtype
+    low = torch.zeros((), dtype=torch.int64, device=limit.device)
+    high = torch.full_like(low, INFINITY[kind])
     # the least mass with which the sum exceeds the limit; infinity if none does
-    for _ in range(mass.dtype.itemsize * 8):
+    for _ in range(kind.itemsize * 8):
         middle = low + (high - low) // 2
-        exceeds = _mass_up_to(chunks, middle) > limit
+        exceeds = weight_up_to(middle) > limit
         low, high = torch.where(exceeds, low, middle + 1), torch.where(exceeds, middle, high)
         low = torch.minimum(low, high)
-    one = fixed_point(low.to(BITS[mass.dtype]).view(mass.dtype)).clamp_(min=1)
-    droppable = (limit - _mass_up_to(chunks, low - 1)) // one
-    keep, seen = [], torch.zeros_like(low)
-    for part in chunks:
+    keep, dropped = [], weight_up_to(low - 1)
+    for i, part in enumerate(parts):
         bits = _bits(part)
         tied = bits == low
-        keep.append((bits > low) | (tied & (seen + tied.cumsum(0) > droppable)))
-        seen = seen + tied.sum()
+        sums = dropped + torch.where(tied, weigh(i), 0).cumsum(0)
+        keep.append((bits > low) | (tied & (sums > limit)))
+        dropped = sums[-1] if len(sums) else dropped
     return torch.cat(keep)
 
 
 def _bits(mass: torch.Tensor) -> torch.Tensor:
     # ascending with the mass; adding zero makes -0.0 the 0.0 that it equals
     return (mass + 0.0).view(BITS[mass.dtype])
-
-
-def _mass_up_to(chunks: Sequence[torch.Tensor], bits: torch.Tensor) -> torch.Tensor:
-    parts = [torch.where(_bits(part) <= bits, fixed_point(part), 0).sum() for part in chunks]
-    return torch.stack(parts).sum()

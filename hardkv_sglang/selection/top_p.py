@@ -16,7 +16,7 @@ from functools import cached_property
 
 import torch
 
-from hardkv_sglang.selection.heaviest import ONE, fixed_point, heaviest
+from hardkv_sglang.selection.heaviest import ONE, best, fixed_point, heaviest
 
 BoundCounts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int | None, int], torch.Tensor]
 """`bound_counts` or a kernel that does the same."""
@@ -199,6 +199,8 @@ def shared_best_set(scores: torch.Tensor, valid: torch.Tensor, count: int) -> to
 
     scores: [B, N] float, not negative, in one unit for all lists; valid: [B, N] bool.
     """
+    if scores.numel() > MAX_SORTED:
+        return best(scores.flatten(), valid.flatten(), count).view_as(scores)
     order = ascending_order(scores.flatten(), valid.flatten())
     counts = torch.full((), count, device=order.device)
     return last_in_order(order, counts).view_as(scores) & valid
