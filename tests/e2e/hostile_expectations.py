@@ -34,11 +34,12 @@ SESSION_TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Known:
-    """Requests of one kind: the name, which they are, and what happens."""
+    """Requests of one kind: the name, which they are, what happens, and whether that was seen or read in the code."""
 
     name: str
     applies: Callable[[dict[str, Any]], bool]  # to the fields of a request
     what: str
+    is_seen: bool
 
 
 def fields_of(case: Case) -> dict[str, Any]:
@@ -93,48 +94,63 @@ ENDS_STOCK = (
     Known(
         "ill-typed sampling parameter",
         lambda fields: any(is_ill_typed(values, SAMPLING_TYPES) for values in sampling_of(fields)[1:]),
-        "/generate does not check types: logit_bias {'1': null} or stream_interval '2' ends the scheduler",
+        "/generate does not check types: logit_bias {'1': null} ends the scheduler",
+        is_seen=True,
     ),
     Known(
         "ill-typed session parameter",
         lambda fields: is_ill_typed(fields.get("session_params"), SESSION_TYPES),
-        "the scheduler looks the id up, which ends it when that is a list",
+        "the scheduler looks the id up, and a list has no hash",
+        is_seen=False,
     ),
     Known(
         "embedding overrides",
         lambda fields: fields.get("positional_embed_overrides") is not None,
         "meant for the engine: JSON has no value of their type, and the scheduler ends at any other",
+        is_seen=True,
     ),
     Known(
         "custom labels",
         lambda fields: bool(fields.get("custom_labels")),
         "with --enable-metrics, a label that the series do not have ends the tokenizer manager",
+        is_seen=True,
     ),
     Known(
         "thousands of samples",
         lambda fields: any(n > MOST_SAMPLES for n in numbers(fields, "n")),
-        "the tokenizer copies the prompt n times: with n = 2**31 it takes all memory of the host",
+        "the tokenizer copies the prompt n times: with n = 2**31 it would take all memory of the host",
+        is_seen=False,
     ),
     Known(
         "negative token id",
         lambda fields: any(i < 0 for i in token_ids(fields)),
         "only the upper end of the vocabulary is checked: IndexError in the embedding",
+        is_seen=False,
     ),
     Known(
         "top_k beyond 32 bits",
         lambda fields: any(k > INT32_MAX for k in numbers(fields, "top_k")),
         "the scheduler packs it into an int32 tensor",
+        is_seen=False,
     ),
     Known(
         "more log-probabilities than tokens",
         lambda fields: any(not 0 <= n <= VOCABULARY for name in TOP_LOGPROBS for n in numbers(fields, name)),
-        "topk of more than the vocabulary ends the scheduler",
+        "the scheduler calls topk with more than the vocabulary",
+        is_seen=False,
     ),
     Known(
         "stop token beyond the vocabulary with a minimal length",
         lambda fields: any(not 0 <= i < VOCABULARY for i in numbers(fields, "stop_token_ids"))
         and any(n > 0 for name in ("min_new_tokens", "min_tokens") for n in numbers(fields, name)),
         "the penalty of stop tokens is an index into the logits",
+        is_seen=False,
+    ),
+    Known(
+        "unknown load format",
+        lambda fields: fields.get("load_format") not in (None, "auto", "dummy"),
+        "LoadConfig raises in the scheduler for a format that it does not know; seen on our server, in SGLang's frames",
+        is_seen=False,
     ),
 )  # fmt: skip
 
@@ -150,6 +166,7 @@ OUR_REASONS = (
         "malformed override",
         lambda fields: any(override_of(values) not in ("none", "hardkv") for values in sampling_of(fields)),
         "a request that misspells how it wants to be compressed is refused; stock knows no such parameter",
+        is_seen=True,
     ),
 )  # fmt: skip
 

@@ -36,12 +36,13 @@ class Expected:
     neighbour: list[int] | None
 
 
-def harm(server: Server, case: Case, expected: Expected, executor: ThreadPoolExecutor) -> tuple[str, str | None]:
+def harm(server: Server, case: Case, expected: Expected) -> tuple[str, str | None]:
     """The answer to a case, and what it did to the server and to the request that ran beside it, if anything."""
     is_watched = expected.neighbour is not None and case.path != ALONE
-    beside = executor.submit(neighbour, server) if is_watched else None
-    time.sleep(HEAD_START_S)
-    answer = send(server, case)
+    with ThreadPoolExecutor(1) as executor:
+        beside = executor.submit(neighbour, server) if is_watched else None
+        time.sleep(HEAD_START_S)
+        answer = send(server, case)
     try:
         tokens = beside.result() if beside is not None else None
         if tokens is not None and tokens != expected.neighbour:
@@ -61,12 +62,14 @@ class Comparison:
         self._ours, self._stock = ours, stock
         self._expected = Expected(probe(ours()), neighbour(ours()))
         self._stock_expected = Expected(probe(stock()), None)
-        self._executor = ThreadPoolExecutor(1)
 
     def wrong(self, case: Case) -> str | None:
         """What is wrong with our answer to a case, or with the table of those that stock does not survive."""
-        answer, damage = harm(self._ours(), case, self._expected, self._executor)
-        stock_answer, stock_damage = harm(self._stock(), case, self._stock_expected, self._executor)
+        ours, stock = self._ours(), self._stock()
+        with ThreadPoolExecutor(1) as executor:
+            of_stock = executor.submit(harm, stock, case, self._stock_expected)
+            answer, damage = harm(ours, case, self._expected)
+            stock_answer, stock_damage = of_stock.result()
         if stock_damage is not None:
             return f"stock: {stock_answer}, then {stock_damage}; ours: {answer}, then {damage}: a row for ENDS_STOCK?"
         if damage is not None:

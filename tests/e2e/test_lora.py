@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 import torch
 from e2e.compressed import (
-    FEWER_LAYERS,
     FIRST_EVENT,
     SHORT_INTERVALS,
     STOCK,
     STRICT,
+    TWO_LAYERS,
     compressed,
     decode,
-    fewer_layers,
     fresh_rid,
     prompt_ids,
     report_of,
+    two_layers,
 )  # fmt: skip
 from e2e.server import ServerPool
 from safetensors.torch import save_file
 
-pytestmark = fewer_layers
-RANK, NUM_LAYERS, NUM_TOKENS = 8, 8, 200
+pytestmark = two_layers
+RANK, NUM_LAYERS, NUM_TOKENS = 8, 2, 160
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def adapter(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_adapter_and_base_model(server_pool: ServerPool, adapter: Path) -> None:
-    flags: dict[str, Any] = {**FEWER_LAYERS, "enable-lora": True, "lora-paths": f"tone={adapter}"}
+    flags: dict[str, Any] = {**TWO_LAYERS, "enable-lora": True, "lora-paths": f"tone={adapter}"}
     prompt = prompt_ids(40, seed=900)
     stock = server_pool.get({**STOCK, **flags}, STRICT)
     dense = {name: decode(stock, prompt, FIRST_EVENT, lora_path=name)["output_ids"] for name in (None, "tone")}

@@ -11,14 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from e2e.compressed import FAST, STRICT, decode, fewer_layers, fresh_rid, hardkv_state, prompt_ids
+from e2e.compressed import STRICT, TINY, decode, fresh_rid, hardkv_state, prompt_ids, two_layers
 
 from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 ServerFor = Callable[..., Server]
-pytestmark = fewer_layers
+pytestmark = two_layers
 MOST_RUNNING = 6
-PRIORITIES = {**FAST, "enable-priority-scheduling": True, "max-running-requests": MOST_RUNNING}
+PRIORITIES = {**TINY, "enable-priority-scheduling": True, "max-running-requests": MOST_RUNNING}
 TIMEOUT_S = 240
 DENSE = {"custom_params": {"kv_compression": "none"}}
 COMPRESSED: Mapping[str, Any] = {}
