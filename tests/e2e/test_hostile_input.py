@@ -86,7 +86,7 @@ def run(cases: list[Case], comparison: Comparison) -> list[str]:
         known = reason(ENDS_STOCK, case)
         wrong = comparison.wrong(case) if known is None else None
         if known is not None:
-            left_out[known.name] += 1
+            left_out[known.name if known.is_seen else f"{known.name} (read in the code)"] += 1
         if wrong is not None:
             findings.append(f"case {number}: {wrong}\n  {case}")
             print(findings[-1], flush=True)
