@@ -37,6 +37,12 @@ def kept(recent: int, share: float, interval: int = 128, name: str = "", **chang
     return Point("hardkv, remembered and prior" if not name else f"hardkv, {name}", f"{label} {name}".strip(), options)
 
 
+def top_p(recent: int, p: float) -> Point:
+    """The rule with Top-p."""
+    options = {"top_p": p, **schedule(recent), **RULE}
+    return Point("hardkv, remembered and prior, top_p", f"hardkv {recent}/128 top_p {p:g}", options)
+
+
 def streaming(recent: int) -> Point:
     """Sinks and a window."""
     return Point("streaming", f"streaming {recent}/128", {"policy": "streaming", **schedule(recent)})
@@ -90,10 +96,7 @@ def parts() -> list[Point]:
         *(kept(*base, name=f"{window} queries", query_window=window) for window in (32, 128)),
         kept(256, 0.1, 64, name="interval 64", query_window=32),
         kept(256, 0.1, 256, name="interval 256"),
-        *(
-            Point("hardkv, top_p", f"hardkv 256/128 top_p {p:g}", {"top_p": p, **schedule(256), **RULE})
-            for p in (0.99, 0.995)
-        ),
+        *(top_p(256, p) for p in (0.99, 0.98, 0.95, 0.995)),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,18 +16,20 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-HELD_OUT = ("licence", "handbook", "cpp", "generated_interview", "generated_lessons")
-"""Texts that no choice was made on."""
+HELD_OUT = re.compile(r"licence|handbook|cpp|generated_(interview|lessons|glossary)_\w+")
+"""Names of texts that no choice was made on."""
 AT = (0.25, 0.35)
 """Held shares at which families are compared."""
-DRAWN = ("hardkv, remembered and prior", "defaults", "streaming", "rkv", "snapkv")
+DRAWN = (
+    "hardkv, remembered and prior", "hardkv, remembered and prior, top_p", "defaults", "streaming", "rkv", "snapkv",
+)  # fmt: skip
 FIELDS = ("texts", "held", "held_end", "kl", "kl_error", "kl_held_out", "agreement", "seconds")
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means of one point over texts; kl_error: standard error of the mean KL."""
     kl = [line["kl"] for line in lines]
-    held_out = [line["kl"] for line in lines if line["text"] in HELD_OUT]
+    held_out = [line["kl"] for line in lines if HELD_OUT.fullmatch(line["text"])]
     return {
         "point": lines[0]["point"],
         "family": lines[0]["family"],

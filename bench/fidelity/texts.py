@@ -23,19 +23,20 @@ from bench.fidelity.tasks import Text
 from hardkv_sglang.cli.demo_model import cache_directory
 
 PROMPT, DECODED = 512, 3584  # tokens of a document
+FORMS = {
+    "story": "Write a very long story about {}. Describe every scene in detail.",
+    "program": "Write a complete Python program about {}, without any framework: modules, classes, tests, docs. "
+    "Show all files in full.",
+    "worked": "Explain {} from the beginning, with many worked numerical examples, step by step.",
+    "letters": "Write a long exchange of letters about {} between two friends who disagree.",
+    "plan": "Plan a year of work on {}, week by week, with tasks, costs and risks of every week.",
+    "interview": "Write a long interview about {}. At least forty questions and answers.",
+    "lessons": "Write a course of twenty lessons about {}, each with explanations, exercises and solutions.",
+    "glossary": "Write a glossary of one hundred terms of {}, each with a definition and an example.",
+}
+TOPICS = ("coral reefs", "statistics", "railway timetables", "database engines")
 PROMPTS = {
-    "story": "Write a very long short story about a lighthouse keeper who finds a diary. Describe every scene in "
-    "detail.",
-    "webserver": "Write a complete HTTP web server in Python without any framework: routing, sessions, templates, "
-    "logging, tests. Show all files in full.",
-    "maths": "Explain linear algebra from vectors to the singular value decomposition, with many worked numerical "
-    "examples, step by step.",
-    "interview": "Write a long interview between a journalist and a marine biologist about coral reefs. At least forty "
-    "questions and answers.",
-    "database": "Implement a small SQL database engine in C++: lexer, parser, planner, B-tree storage, transactions. "
-    "Give the full source code with comments.",
-    "lessons": "Write a course of twenty lessons about statistics for beginners, each with explanations, exercises and "
-    "solutions.",
+    f"generated_{name}_{topic.split()[-1]}": form.format(topic) for topic in TOPICS for name, form in FORMS.items()
 }
 
 
@@ -63,7 +64,7 @@ def prompt_entries(tokenizer: Any) -> list[dict[str, Any]]:
         tokens = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        entries.append({"name": f"generated_{name}", "prompt_len": len(tokens), "tokens": tokens})
+        entries.append({"name": name, "prompt_len": len(tokens), "tokens": tokens})
     return entries
 
 

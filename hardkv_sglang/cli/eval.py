@@ -1,22 +1,26 @@
 """`hardkv eval`: fidelity of any running SGLang server, measured from outside.
 
 The server generates with log-probabilities, under compression if it compresses. Then it scores the same tokens in
-a prefill, which is dense. On a server without compression the two agree up to rounding.
+a prefill, which is dense. On a server without compression the two agree up to rounding. All prompts are generated
+before any is scored, so that what is held meanwhile is what generation holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import requests
+from tqdm import tqdm
+
+from hardkv_sglang.cli.eval_held import HeldWatch
+from hardkv_sglang.cli.eval_scores import PromptScore, Scored, describe, summarise
 
 Subparsers = argparse._SubParsersAction
 
@@ -28,38 +32,20 @@ PROMPTS = (
 TIMEOUT_S = 1800.0
 
 
+Prompt = str | list[int]
+Result = TypeVar("Result")
+
+
 class EvalError(Exception):
     """The server cannot be asked, or its answer is not usable; the message says why."""
 
 
 @dataclass(frozen=True)
-class PromptScore:
-    """One generated text. Log-probabilities are natural logarithms."""
+class Generated:
+    """A prompt as the server tokenised it, and what it sampled behind it."""
 
-    prompt_tokens: int
-    output_tokens: int
-    kl: float  # mean of log p(generation) - log p(prefill) over the sampled tokens
-    max_difference: float  # largest absolute difference
-    agreement: float  # share of tokens at which both have the same most likely token
-    differences: list[float]  # token by token
-
-    @classmethod
-    def of(cls, prompt_tokens: int, generated: Scored, prefilled: Scored) -> PromptScore:
-        """Compare two scorings of the same tokens."""
-        pairs = list(zip(generated.logprobs, prefilled.logprobs, strict=True))
-        differences = [decoded - dense for decoded, dense in pairs]
-        same = [decoded == dense for decoded, dense in zip(generated.top_ids, prefilled.top_ids, strict=True)]
-        largest = max(abs(difference) for difference in differences)
-        return cls(prompt_tokens, len(pairs), mean(differences), largest, sum(same) / len(same), differences)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Tokens with their log-probabilities and the most likely token at each place."""
-
-    ids: list[int]
-    logprobs: list[float]
-    top_ids: list[int]
+    prompt_ids: list[int]
+    output: Scored
 
 
 def add_parser(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
@@ -69,9 +55,19 @@ def add_parser(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--url", required=True, help="server, for example http://127.0.0.1:30000")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", type=Path, metavar="FILE", help="one prompt: the whole file")
-    source.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line (default: three built in)")
+    source.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="one prompt per line; or, in a .json file, a list of texts or of token id lists (default: three built in)",
+    )  # fmt: skip
     parser.add_argument(
         "--tokens", type=int, default=1024, metavar="N", help="tokens per prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="N",
+        help="first generated token that counts; those before the first event differ by rounding only (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--concurrency", type=int, default=8, metavar="N", help="requests at a time (default: %(default)s)"
     )
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T",
@@ -84,33 +80,91 @@ def add_parser(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when every prompt was measured, 2 when the server or a file cannot be used."""
     try:
+        check_numbers(args)
         prompts = read_prompts(args.text, args.prompts)
-        client = Client(args.url)
-        before = client.select_events()
-        scores = [evaluate(client, prompt, args.tokens, args.temperature) for prompt in prompts]
-        after = client.select_events()
+        report = measure(Client(args.url), prompts, args)
     except (EvalError, OSError) as error:
         print(f"hardkv eval: {error}", file=sys.stderr)
         return 2
-    events = None if before is None or after is None else after - before
-    report = {"url": args.url, "temperature": args.temperature, "select_events": events, **summarise(scores)}
     print(describe(report))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
-def read_prompts(text: Path | None, prompts: Path | None) -> Sequence[str]:
-    """Prompts of the files, or the built-in ones. Raises `EvalError` for an empty file."""
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises `EvalError` naming the option that is out of range."""
+    if not 0 <= args.first < args.tokens:
+        raise EvalError(f"--first {args.first} leaves no token: it must be from 0 to {args.tokens - 1} (--tokens)")
+    if args.concurrency < 1:
+        raise EvalError(f"--concurrency must be at least 1, not {args.concurrency}")
+
+
+def measure(client: Client, prompts: Sequence[Prompt], args: argparse.Namespace) -> dict[str, Any]:
+    """The report. Raises `EvalError`."""
+    before = client.select_events()
+    with HeldWatch(client.url, args.first, client.page_size()) as watch:
+        sampling = {"temperature": args.temperature, "max_new_tokens": args.tokens, "ignore_eos": True}
+        generated = in_parallel(
+            "generating", client.generate, args.concurrency, [(prompt, sampling) for prompt in prompts]
+        )
+    after = client.select_events()
+    dense = in_parallel(
+        "scoring", client.score, args.concurrency, [(text.prompt_ids, text.output.ids) for text in generated]
+    )
+    scores = [
+        PromptScore.of(len(text.prompt_ids), text.output, scored, args.first)
+        for text, scored in zip(generated, dense, strict=True)
+    ]
+    events = None if before is None or after is None else after - before
+    report = {"url": client.url, "temperature": args.temperature, "select_events": events}
+    return {**report, **summarise(scores, args.first), **watch.report()}
+
+
+def read_prompts(text: Path | None, prompts: Path | None) -> Sequence[Prompt]:
+    """Prompts of the files, or the built-in ones. Raises `EvalError` for an empty or unusable file."""
     if text is None and prompts is None:
         return PROMPTS
     path = text or prompts
     assert path is not None
     content = path.read_text()
-    found = [content] if text else [line for line in content.splitlines() if line.strip()]
-    if not any(prompt.strip() for prompt in found):
+    found: list[Prompt] = [content] if text else [line for line in content.splitlines() if line.strip()]
+    if prompts and path.suffix == ".json":
+        found = json_prompts(path, content)
+    if not any(prompt.strip() if isinstance(prompt, str) else prompt for prompt in found):
         raise EvalError(f"{path} has no prompt")
     return found
+
+
+def json_prompts(path: Path, content: str) -> list[Prompt]:
+    """A list of texts or of lists of token ids. Raises `EvalError`."""
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise EvalError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(prompt, str) or is_ids(prompt) for prompt in found):
+        raise EvalError(f"{path} must be a list of texts or of lists of token ids")
+    return found
+
+
+def is_ids(prompt: Any) -> bool:
+    """Whether this is a list of token ids."""
+    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
+
+
+def in_parallel(
+    label: str, call: Callable[..., Result], concurrency: int, calls: Sequence[tuple[Any, ...]]
+) -> list[Result]:
+    """Results of all calls, in order, with a progress bar. Raises the first `EvalError`."""
+    with ThreadPoolExecutor(concurrency) as threads:
+        futures = [threads.submit(call, *arguments) for arguments in calls]
+        try:
+            for future in tqdm(as_completed(futures), label, total=len(futures), unit="prompt"):
+                future.result()
+        except EvalError:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
 
 
 class Client:
@@ -119,14 +173,43 @@ class Client:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
 
-    def generate(self, **payload: Any) -> dict[str, Any]:
-        """Reply of `/generate`. Raises `EvalError`."""
-        return self._ask("POST", "/generate", json={"return_logprob": True, "top_logprobs_num": 1, **payload})
+    def generate(self, prompt: Prompt, sampling: dict[str, Any]) -> Generated:
+        """Sample from a prompt, with log-probabilities. Raises `EvalError`."""
+        source = {"text": prompt} if isinstance(prompt, str) else {"input_ids": prompt}
+        meta = self._generate(**source, sampling_params=sampling, logprob_start_len=0)
+        prompt_ids = [entry[1] for entry in meta["input_token_logprobs"]]
+        output = Scored.of(meta["output_token_logprobs"], meta["output_top_logprobs"])
+        if len(output.ids) < sampling["max_new_tokens"]:
+            raise EvalError(f"the server ended an output after {len(output.ids)} tokens; ask for fewer with --tokens")
+        return Generated(prompt_ids, output)
+
+    def score(self, prompt_ids: list[int], output_ids: list[int]) -> Scored:
+        """Score these output tokens in one prefill. Raises `EvalError`."""
+        # no option for no new token: the one more is not looked at
+        meta = self._generate(
+            input_ids=prompt_ids + output_ids,
+            sampling_params={"temperature": 0, "max_new_tokens": 1},
+            logprob_start_len=len(prompt_ids) - 1,
+        )
+        # the first entry is the last prompt token, which nothing before it scores
+        scored = Scored.of(meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:])
+        if scored.ids != output_ids:
+            raise EvalError("the server scored other tokens than it generated")
+        return scored
+
+    def _generate(self, **payload: Any) -> dict[str, Any]:
+        options = {"return_logprob": True, "top_logprobs_num": 1}
+        meta: dict[str, Any] = self._ask("POST", "/generate", json={**options, **payload})["meta_info"]
+        return meta
 
     def select_events(self) -> int | None:
         """Select events since the server started; None where it does not compress."""
         states = self._ask("GET", "/server_info").get("internal_states") or [{}]
         return states[0].get("hardkv", {}).get("select_events")
+
+    def page_size(self) -> int:
+        """Tokens of a token page."""
+        return int(self._ask("GET", "/server_info")["page_size"])
 
     def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
@@ -135,65 +218,3 @@ class Client:
             return response.json()
         except requests.RequestException as error:
             raise EvalError(f"{method} {self.url}{path}: {error}") from error
-
-
-def evaluate(client: Client, prompt: str, num_tokens: int, temperature: float) -> PromptScore:
-    """Generate from a prompt, then score the same tokens densely."""
-    sampling = {"temperature": temperature, "max_new_tokens": num_tokens, "ignore_eos": True}
-    reply = client.generate(text=prompt, sampling_params=sampling, logprob_start_len=0)
-    meta = reply["meta_info"]
-    prompt_ids = [entry[1] for entry in meta["input_token_logprobs"]]
-    generated = scored(meta["output_token_logprobs"], meta["output_top_logprobs"])
-    # no option for no new token: the one more is not looked at
-    again = client.generate(
-        input_ids=prompt_ids + generated.ids,
-        sampling_params={"temperature": 0, "max_new_tokens": 1},
-        logprob_start_len=len(prompt_ids) - 1,
-    )
-    # the first entry is the last prompt token, which nothing before it scores
-    meta = again["meta_info"]
-    prefilled = scored(meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:])
-    if prefilled.ids != generated.ids:
-        raise EvalError("the server scored other tokens than it generated")
-    return PromptScore.of(len(prompt_ids), generated, prefilled)
-
-
-def scored(entries: Iterable[Any], tops: Iterable[Any]) -> Scored:
-    """Read SGLang's lists of (log-probability, token, text)."""
-    entries = list(entries)
-    return Scored([e[1] for e in entries], [e[0] for e in entries], [top[0][1] for top in tops])
-
-
-def summarise(scores: Sequence[PromptScore]) -> dict[str, Any]:
-    """Totals over prompts, every token counting alike, and each prompt."""
-    differences = [value for score in scores for value in score.differences]
-    total = len(differences)
-    error = stdev(differences) / math.sqrt(total) if total > 1 else 0.0
-    return {
-        "tokens": total,
-        "kl": mean(differences),
-        "kl_standard_error": error,
-        "max_difference": max(score.max_difference for score in scores),
-        "agreement": sum(score.agreement * score.output_tokens for score in scores) / total,
-        "prompts": [{k: v for k, v in asdict(score).items() if k != "differences"} for score in scores],
-    }
-
-
-def describe(report: dict[str, Any]) -> str:
-    """The report as text."""
-    events = report["select_events"]
-    compressed = "no compression on this server" if events is None else f"{events} select events"
-    lines = [
-        f"{report['url']}: {len(report['prompts'])} prompts, {report['tokens']} tokens, {compressed}",
-        f"KL(generation || dense prefill): {report['kl']:.5f} +- {report['kl_standard_error']:.5f} nats per token",
-        f"largest log-probability difference: {report['max_difference']:.4f}",
-        f"top-1 agreement: {100 * report['agreement']:.2f} %",
-    ]
-    if events == 0:
-        lines.append("nothing was compressed: ask for more --tokens")
-    for number, score in enumerate(report["prompts"], 1):
-        lines.append(
-            f"  prompt {number}: {score['prompt_tokens']} + {score['output_tokens']} tokens, KL {score['kl']:.5f}, "
-            f"max {score['max_difference']:.4f}, top-1 {100 * score['agreement']:.2f} %"
-        )
-    return "\n".join(lines)
