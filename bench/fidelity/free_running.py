@@ -80,7 +80,7 @@ def measure(point: ServerPoint, args: argparse.Namespace) -> None:
     """Start the server, evaluate it, append one line per prompt. Says so when the server fails."""
     entries, started = json.loads(args.prompts.read_text()), time.monotonic()
     stem = args.out.with_name(f"{args.out.stem}.{point.name.replace(' ', '_').replace('/', '_')}")
-    prompts, report = stem.with_name(f"{stem.name}.prompts.json"), stem.with_name(f"{stem.name}.eval.json")
+    prompts, report, texts = (stem.with_name(f"{stem.name}.{name}.json") for name in ("prompts", "eval", "texts"))
     prompts.write_text(json.dumps([entry["tokens"] for entry in entries]))
     flags = {**FLAGS, **DEVICE_FLAGS[args.device], "max-total-tokens": args.pool_tokens, **point.flags}
     server = ServerProcess(args.model, flags, {}, stem.with_name(f"{stem.name}.log"))
@@ -88,8 +88,12 @@ def measure(point: ServerPoint, args: argparse.Namespace) -> None:
         server.wait_ready(timeout_s=1200.0)
         command = ["eval", "--url", server.url, "--prompts", str(prompts), "--tokens", str(args.tokens)]
         command += ["--first", str(args.first), "--concurrency", str(len(entries)), "--out", str(report)]
+        command += ["--texts", str(texts)]
         if hardkv(command) == 0:
-            lines = lines_of(point, [entry["name"] for entry in entries], json.loads(report.read_text()))
+            names = [entry["name"] for entry in entries]
+            named = zip(names, json.loads(texts.read_text()), strict=True)
+            texts.write_text(json.dumps([{"name": name, **text} for name, text in named]))
+            lines = lines_of(point, names, json.loads(report.read_text()))
             seconds = round(time.monotonic() - started, 1)
             with args.out.open("a") as file:
                 file.writelines(json.dumps(line | {"seconds": seconds}) + "\n" for line in lines)

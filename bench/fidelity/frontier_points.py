@@ -54,32 +54,40 @@ def uniform(policy: str, tokens: int, recent: int) -> Point:
     return Point(policy, f"{policy} {tokens} {recent}/128", options)
 
 
+def first() -> list[Point]:
+    """What a short run has: the rule and the defaults, each rival at about the same bytes, from an eighth on."""
+    return [
+        kept(256, 0.1),
+        kept(256, 0.2),
+        streaming(512),
+        uniform("rkv", 256, 256),
+        uniform("snapkv", 256, 256),
+        Point("defaults", "hardkv defaults", {"max_tokens": None}),
+        top_p(256, 0.98),
+        kept(256, 0.1, 256, name="interval 256"),
+        streaming(256),
+        kept(128, 0.05),
+        uniform("rkv", 64, 128),
+        kept(256, 0.1, name="neither", prior_weight=0.0, remembered_weight=0.0),
+        kept(512, 0.05),
+        streaming(1024),
+        uniform("rkv", 256, 512),
+        top_p(256, 0.95),
+        uniform("snapkv", 64, 128),
+    ]
+
+
 def rule() -> list[Point]:
     """The rule, by window and share."""
-    pairs = (
-        (256, 0.1),
-        (512, 0.1),
-        (256, 0.2),
-        (128, 0.15),
-        (512, 0.05),
-        (256, 0.05),
-        (128, 0.3),
-        (512, 0.2),
-        (256, 0.3),
-    )
+    pairs = ((512, 0.1), (128, 0.15), (256, 0.05), (128, 0.3), (512, 0.2), (256, 0.3))
     return [kept(recent, share) for recent, share in pairs]
 
 
 def rivals() -> list[Point]:
     """Windows, and uniform budgets at the same windows and intervals."""
     return [
-        *(streaming(recent) for recent in (512, 256, 1024, 768)),
-        *(
-            uniform(*point)
-            for point in (("rkv", 256, 256), ("rkv", 256, 512), ("snapkv", 256, 256), ("snapkv", 256, 512))
-        ),
-        *(uniform(*point) for point in (("rkv", 512, 256), ("rkv", 128, 512))),
-        Point("defaults", "hardkv defaults", {"max_tokens": None}),
+        streaming(768),
+        *(uniform(*point) for point in (("snapkv", 256, 512), ("rkv", 512, 256), ("rkv", 128, 512))),
         Point("hardkv, top_p alone", "hardkv 512/128 top_p 0.98", {"top_p": 0.98, **schedule(512)}),
     ]
 
@@ -88,15 +96,13 @@ def parts() -> list[Point]:
     """What each part is worth, at one window and share."""
     base = (256, 0.1)
     return [
-        kept(*base, name="neither", prior_weight=0.0, remembered_weight=0.0),
         kept(*base, name="prior alone", remembered_weight=0.0),
         kept(*base, name="remembered alone", prior_weight=0.0),
         *(kept(*base, name=f"prior {weight:g}", prior_weight=weight) for weight in (0.3, 0.03)),
         *(kept(*base, name=f"remembered {weight:g}", remembered_weight=weight) for weight in (0.9, 0.5)),
         *(kept(*base, name=f"{window} queries", query_window=window) for window in (32, 128)),
         kept(256, 0.1, 64, name="interval 64", query_window=32),
-        kept(256, 0.1, 256, name="interval 256"),
-        *(top_p(256, p) for p in (0.99, 0.98, 0.95, 0.995)),
+        *(top_p(256, p) for p in (0.99, 0.995)),
     ]
 
 
@@ -109,13 +115,4 @@ def formats() -> list[Point]:
 
 def frontier_points() -> list[Point]:
     """All points."""
-    return [
-        *rule()[:3],
-        *rivals()[:6],
-        *rule()[3:6],
-        *parts()[:3],
-        *rivals()[6:],
-        *formats(),
-        *rule()[6:],
-        *parts()[3:],
-    ]
+    return [*first(), *parts()[:2], *rule(), *rivals(), *formats(), *parts()[2:]]

@@ -27,18 +27,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="of bench.fidelity.texts --prompts")
     parser.add_argument("--tokens", type=int, default=3584, metavar="N", help="of each text; end tokens never come")
+    parser.add_argument("--suppress", type=int, nargs="+", default=[], metavar="ID", help="tokens that never come, too")
+    parser.add_argument(
+        "--least-new", type=float, default=0.0, metavar="SHARE",
+        help="leave texts out that repeat themselves: in whose second half fewer four-grams are new",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(argv)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval().to(args.device)
     prompts = json.loads(args.prompts.read_text())
-    args.out.write_text(json.dumps(continue_prompts(model, prompts, args.tokens)))
+    texts = continue_prompts(model, prompts, args.tokens, args.suppress)
+    args.out.write_text(json.dumps([text for text in texts if new_four_grams(text) >= args.least_new]))
     return 0
 
 
 @torch.inference_mode()
-def continue_prompts(model: Any, prompts: Sequence[dict[str, Any]], num_tokens: int) -> list[dict[str, Any]]:
+def continue_prompts(
+    model: Any, prompts: Sequence[dict[str, Any]], num_tokens: int, suppressed: Sequence[int]
+) -> list[dict[str, Any]]:
     """Each prompt with `num_tokens` sampled tokens behind it."""
+    never = {"suppress_tokens": list(suppressed)} if suppressed else {}
     longest = max(len(prompt["tokens"]) for prompt in prompts)
     padding = [longest - len(prompt["tokens"]) for prompt in prompts]
     ids = [[0] * pad + prompt["tokens"] for pad, prompt in zip(padding, prompts, strict=True)]
@@ -55,9 +64,17 @@ def continue_prompts(model: Any, prompts: Sequence[dict[str, Any]], num_tokens: 
         max_new_tokens=num_tokens,
         min_new_tokens=num_tokens,
         pad_token_id=0,
+        **never,
     )
     new = sampled[:, longest:].tolist()
     return [{**prompt, "tokens": prompt["tokens"] + row} for prompt, row in zip(prompts, new, strict=True)]
+
+
+def new_four_grams(text: dict[str, Any]) -> float:
+    """Share of the four-grams of a text's second half that do not repeat another one of it."""
+    half = text["tokens"][len(text["tokens"]) // 2 :]
+    grams = list(zip(half, half[1:], half[2:], half[3:], strict=False))
+    return len(set(grams)) / len(grams)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     variants: list[tuple[str, dict[str, Any] | None]] = [
         ("stock", None),
         ("no events", {"recent_tokens": 65536}),
-        ("compressed", {"max_tokens": args.max_tokens}),
+        ("compressed", {"max_tokens": args.max_tokens, **args.options}),
     ]
     results: dict[str, Any] = {}
     for name, options in variants:
@@ -165,11 +165,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="compressed requests")
     parser.add_argument("--tokens", type=int, default=16000, help="generated tokens of the compressed requests")
     parser.add_argument("--max-tokens", type=int, default=2048, help="cap per KV head")
+    parser.add_argument(
+        "--options", type=json.loads, default={}, metavar="JSON", help="of compression, besides the cap"
+    )
     parser.add_argument("--json", type=Path, required=True, help="figures; the servers' logs go beside it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = run(args, Path(folder))
-    report = {"model": args.model, "environment": environment(ROOT, PACKAGES), "results": results}
+    report = {
+        "model": args.model,
+        "options": args.options,
+        "environment": environment(ROOT, PACKAGES),
+        "results": results,
+    }
     args.json.write_text(json.dumps(report, indent=2))
 
 

@@ -74,6 +74,10 @@ def add_parser(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         help="only at 1, the default, is the mean difference an estimate of KL",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
+    parser.add_argument(
+        "--texts", type=Path, metavar="FILE",
+        help="write what was generated as JSON: token ids with both log-probabilities of the output",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -82,11 +86,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_numbers(args)
         prompts = read_prompts(args.text, args.prompts)
-        report = measure(Client(args.url), prompts, args)
+        report, texts = measure(Client(args.url), prompts, args)
     except (EvalError, OSError) as error:
         print(f"hardkv eval: {error}", file=sys.stderr)
         return 2
     print(describe(report))
+    if args.texts:
+        args.texts.write_text(json.dumps(texts))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
@@ -100,8 +106,10 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise EvalError(f"--concurrency must be at least 1, not {args.concurrency}")
 
 
-def measure(client: Client, prompts: Sequence[Prompt], args: argparse.Namespace) -> dict[str, Any]:
-    """The report. Raises `EvalError`."""
+def measure(
+    client: Client, prompts: Sequence[Prompt], args: argparse.Namespace
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The report, and the texts. Raises `EvalError`."""
     before = client.select_events()
     with HeldWatch(client.url, args.first, client.page_size()) as watch:
         sampling = {"temperature": args.temperature, "max_new_tokens": args.tokens, "ignore_eos": True}
@@ -118,7 +126,15 @@ def measure(client: Client, prompts: Sequence[Prompt], args: argparse.Namespace)
     ]
     events = None if before is None or after is None else after - before
     report = {"url": client.url, "temperature": args.temperature, "select_events": events}
-    return {**report, **summarise(scores, args.first), **watch.report()}
+    texts = [text_entry(*both) for both in zip(generated, dense, strict=True)]
+    return {**report, **summarise(scores, args.first), **watch.report()}, texts
+
+
+def text_entry(text: Generated, dense: Scored) -> dict[str, Any]:
+    """One generated text, for other programs; the prompt's tokens first."""
+    tokens = text.prompt_ids + text.output.ids
+    logprobs = {"generated_logprobs": text.output.logprobs, "prefilled_logprobs": dense.logprobs}
+    return {"prompt_len": len(text.prompt_ids), "tokens": tokens, **logprobs}
 
 
 def read_prompts(text: Path | None, prompts: Path | None) -> Sequence[Prompt]:
