@@ -32,7 +32,7 @@ class Audit:
         page_size = self.memory.layout.page_size
         allocator = tree_cache.token_to_kv_pool_allocator
         owners = {
-            "free": torch.cat((allocator.free_pages, allocator.release_pages)),
+            "free": compat.free_pages(allocator),
             "radix tree": compat.tree_slots(tree_cache)[::page_size] // page_size,
         }
         for req in reqs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from hardkv_sglang.engine.assembly import Attachment
-from hardkv_sglang.engine.reviewed_sources import PINNED, REVIEWED, installed_release, unreviewed
+from hardkv_sglang.engine.reviewed_sources import NEWEST, OLDEST, installed_release, is_reviewed, unreviewed
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,13 @@ class Hook:
     kind: HookType
     function: Callable[..., Any]
     why: str
+    later_name: str | None = None  # where newer releases have the target
+
+    def as_installed(self) -> Hook:
+        """The hook on the name that the installed SGLang has."""
+        if self.later_name is None or not _exists(self.later_name):
+            return self
+        return replace(self, target=self.later_name, later_name=None)
 
 
 def install(hooks: tuple[Hook, ...], hardkv: Attachment) -> None:
@@ -42,9 +49,12 @@ def install(hooks: tuple[Hook, ...], hardkv: Attachment) -> None:
     Raises `HookError` if a target does not exist, was patched before, is not the function that was reviewed, or does
     not end up calling our function.
     """
+    hooks = tuple(hook.as_installed() for hook in hooks)
     missing = [hook.target for hook in hooks if not _exists(hook.target)]
     if missing:
-        raise HookError(f"this SGLang has no {', '.join(missing)}; HARD-KV is pinned to sglang=={PINNED}")
+        raise HookError(
+            f"sglang {installed_release()} has no {', '.join(missing)}; HARD-KV serves sglang {OLDEST} to {NEWEST}"
+        )
     taken = [hook.target for hook in hooks if hook.target in HookRegistry._patched]
     if taken:
         raise HookError(f"another plugin already patched {', '.join(taken)}; disable it with SGLANG_PLUGINS=hardkv")
@@ -61,22 +71,24 @@ def install(hooks: tuple[Hook, ...], hardkv: Attachment) -> None:
 def check_sources(targets: list[str]) -> None:
     """Compare the host functions with those that were reviewed.
 
-    Raises `HookError` for a difference in a reviewed release; another release logs a warning that names the functions.
+    Raises `HookError` for a difference in a reviewed release. Of another release a warning is logged, which names what
+    differs from the last reviewed one.
     """
     release = installed_release()
     changed = unreviewed(targets, release)
-    if not changed:
-        return
     names = ", ".join(changed)
-    if release in REVIEWED:
+    if not is_reviewed(release):
+        logger.warning(
+            "HARD-KV: sglang %s was not reviewed; %s to %s were. %s. Serve with one of those, or read the contracts in "
+            "docs/design.md against this one and add it to engine/reviewed_hashes.py",
+            release, OLDEST, NEWEST, f"Of the functions that it hooks into, {names} differ" if changed else
+            "The functions that it hooks into are the same, which says nothing about the others",
+        )  # fmt: skip
+    elif changed:
         raise HookError(
             f"the installed sglang {release} is not the reviewed one: {names} changed. Install sglang=={release} "
             "again, without patches and without plugins that replace these functions"
         )
-    logger.warning(
-        "HARD-KV: sglang %s has functions that were not reviewed: %s. Serve with sglang==%s, or read them against "
-        "docs/design.md and add their hashes to engine/reviewed_sources.py", release, names, PINNED,
-    )  # fmt: skip
 
 
 def is_called(target: str, function: Callable[..., Any]) -> bool:

@@ -24,7 +24,7 @@ def left_for_pool(options: HardKVConfig, configurator: Any, available: int) -> i
     configurator: SGLang's `KVCacheConfigurator`, once the model is loaded. Equal on all tensor-parallel ranks.
     Raises `ValueError`, with figures and remedy, when a pool and the tables do not fit together.
     """
-    limit = configurator.server_args.max_total_tokens
+    limit = compat.resolved_flags(configurator.server_args).max_total_tokens
     if limit is not None and configurator.device == "cpu":
         # the operator sized the pool, and host memory is taken only as it is written
         return available
@@ -73,7 +73,7 @@ def _footprint(options: HardKVConfig, configurator: Any, capacity: int, tokens: 
     )
     requests = compat.most_requests(configurator, tokens)
     cfg = resolve_config(options, configurator, layout, requests + 1)
-    exact = configurator.server_args.enable_deterministic_inference
+    exact = compat.resolved_flags(configurator.server_args).enable_deterministic_inference
     split = SplitTokens.fixed() if exact else SplitTokens.by_load()
     multiprocessors = compat.num_multiprocessors(configurator)
     return Footprint.of(cfg, configurator.model_dtype, multiprocessors, split), requests

@@ -12,9 +12,17 @@ import torch
 
 
 class KVInfo(Protocol):
-    """SGLang's `ReqKvInfo`: exists while the request owns slots."""
+    """SGLang's `ReqKvInfo`. Up to 0.5.18 it exists only while the request owns slots."""
 
     kv_allocated_len: int
+
+
+class KVRecord(Protocol):
+    """Row and lengths of a request: fields of `Req` up to 0.5.18, of its `ReqKvInfo` since; see `compat.record_of`."""
+
+    req_pool_idx: int  # not read before the request has a row
+    kv_committed_len: int
+    cache_protected_len: int
 
 
 class TreeNode(Protocol):
@@ -44,12 +52,9 @@ class Request(Protocol):
     full_untruncated_fill_ids: Sequence[int]  # prompt and output, since the last `init_next_round_input`
     prefix_indices: torch.Tensor  # slots of the leading tokens that need no prefill
     last_node: TreeNode | None
-    cache_protected_len: int
     extend_range: tuple[int, int]  # positions of the prefill that runs; not read outside of one
     retracted_stain: bool
-    req_pool_idx: int  # not read before the request has a row
     kv: KVInfo | None
-    kv_committed_len: int
     to_finish: object  # why the request is to end; None while it goes on
 
     def finished(self) -> bool:

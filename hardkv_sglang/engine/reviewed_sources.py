@@ -1,7 +1,7 @@
 """Whether SGLang's hooked functions are those that were read when their contracts were written.
 
-`python -m hardkv_sglang.engine.reviewed_sources` prints the rows of the installed release, for `REVIEWED`. Read what
-has changed against docs/design.md, "Contracts with SGLang", before you replace a row.
+`python -m hardkv_sglang.engine.reviewed_sources` prints what the installed release changes, for `reviewed_hashes.py`.
+Read that against docs/design.md, "Contracts with SGLang", before you add it.
 """
 
 from __future__ import annotations
@@ -13,57 +13,27 @@ from importlib.metadata import version
 from pkgutil import resolve_name
 from textwrap import dedent
 
-PINNED = "0.5.17"
+from packaging.version import Version
 
-REVIEWED: Mapping[str, Mapping[str, str]] = {
-    PINNED: {
-        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes":
-            "44968c414b76caa9",
-        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool":
-            "f13be7332f64f364",
-        "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends":
-            "339d4aa45ac99a15",
-        "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue":
-            "e7755aa541e9d279",
-        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode":
-            "d5a04da1cae5d816",
-        "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation":
-            "92db45e932b4adea",
-        "sglang.srt.managers.scheduler.Scheduler.process_batch_result":
-            "89adb4bce2136e96",
-        "sglang.srt.mem_cache.common.release_kv_cache":
-            "0fb7e224c7441212",
-        "sglang.srt.mem_cache.common.maybe_cache_unfinished_req":
-            "1711eac8200b7000",
-        "sglang.srt.managers.schedule_policy.PrefillAdder.__init__":
-            "5b450328ed853f7d",
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req":
-            "bd89cdcf19fcb51e",
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req":
-            "5e88d3ab43c32b9e",
-        "sglang.srt.managers.schedule_policy.PrefillAdder.preempt_to_schedule":
-            "c0f6035df122ea6c",
-        "sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw":
-            "53250b561fd8429d",
-        "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes":
-            "a7e9f849094af112",
-        "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker.self_check_during_busy":
-            "645d85a0575c217f",
-        "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._check_req_pool":
-            "8e5ae3e42e583336",
-        "sglang.srt.managers.scheduler.Scheduler.get_internal_state":
-            "1dac0a0d07204d61",
-        "sglang.srt.managers.scheduler.Scheduler.init_model_worker":
-            "1175bfb3a44d6e2c",
-        "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats":
-            "1a2a111e2ab43c1a",
-        "sglang.srt.managers.scheduler_components.pool_stats_observer.PoolStats.get_decode_usage_msg_parts":
-            "36522e58e184fef3",
-    },
-}  # fmt: skip
-"""By release and hooked function: the start of the SHA-256 of its source."""
+from hardkv_sglang.engine.reviewed_hashes import CHANGES
 
+RELEASES = tuple(CHANGES)
+OLDEST, NEWEST = RELEASES[0], RELEASES[-1]
 DIGITS = 16
+
+
+def is_reviewed(release: str) -> bool:
+    """Whether the contracts were read against this release."""
+    return release in CHANGES
+
+
+def hashes_of(release: str) -> Mapping[str, str]:
+    """By hooked function, the hash of its reviewed source; of an unknown release, those of the one before it."""
+    known: dict[str, str] = {}
+    for name in RELEASES:
+        if Version(name) <= Version(release):
+            known.update(CHANGES[name])
+    return known or CHANGES[OLDEST]
 
 
 def source_hash(target: str) -> str:
@@ -80,9 +50,9 @@ def source_hash(target: str) -> str:
 
 
 def unreviewed(targets: Iterable[str], release: str) -> list[str]:
-    """Those of the targets whose source nobody has reviewed: against the rows of `release`, or of the pinned one."""
-    rows = REVIEWED.get(release, REVIEWED[PINNED])
-    return [target for target in targets if rows.get(target) != source_hash(target)]
+    """Those of the targets whose source is not that of the release, or of the last reviewed one before it."""
+    known = hashes_of(release)
+    return [target for target in targets if known.get(target) != source_hash(target)]
 
 
 def installed_release() -> str:
@@ -90,15 +60,20 @@ def installed_release() -> str:
     return version("sglang")
 
 
-def print_rows() -> None:
-    """Print the rows of the installed release."""
+def print_changes() -> None:
+    """Print a block of `reviewed_hashes.CHANGES` for the installed release, against the reviewed one before it."""
     from hardkv_sglang.engine.hooks import RUNTIME_HOOKS
 
-    print(f'    "{installed_release()}": {{')
-    for hook in RUNTIME_HOOKS:
-        print(f'        "{hook.target}":\n            "{source_hash(hook.target)}",')
+    release = installed_release()
+    before = [name for name in RELEASES if Version(name) < Version(release)]
+    known = hashes_of(before[-1]) if before else {}
+    print(f'    "{release}": {{')
+    for target in (hook.as_installed().target for hook in RUNTIME_HOOKS):
+        found = source_hash(target)
+        if known.get(target) != found:
+            print(f'        "{target}":\n            "{found}",')
     print("    },")
 
 
 if __name__ == "__main__":
-    print_rows()
+    print_changes()

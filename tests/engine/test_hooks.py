@@ -21,11 +21,14 @@ from hardkv_sglang.engine import installation
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.engine.hooks import RUNTIME_HOOKS
 from hardkv_sglang.engine.installation import Hook, HookError, install, is_called
+from hardkv_sglang.engine.reviewed_sources import NEWEST, OLDEST, installed_release
 from hardkv_sglang.plugin import before_scheduler_init
 from hardkv_sglang.engine.assembly import Attachment
 
+targets = [hook.as_installed().target for hook in RUNTIME_HOOKS]
+
 def snapshot():
-    return {hook.target: resolve_name(hook.target) for hook in RUNTIME_HOOKS}
+    return {target: resolve_name(target) for target in targets}
 
 def expect(error, call, *args):
     try:
@@ -40,11 +43,12 @@ before = snapshot()
 load_plugins()
 before_scheduler_init(None, SimpleNamespace())
 assert snapshot() == before, "off must mean untouched"
-assert not {h.target for h in RUNTIME_HOOKS} & set(HookRegistry._patched)
+assert not set(targets) & set(HookRegistry._patched)
 
 gone = Hook("sglang.srt.mem_cache.common.no_such_function", HookType.BEFORE, lambda runtime: None, "")
 message = expect(HookError, install, (*RUNTIME_HOOKS, gone), Attachment(HardKVConfig()))
-assert "no_such_function" in message and "0.5.17" in message, message
+assert "no_such_function" in message and f"{OLDEST} to {NEWEST}" in message, message
+assert installed_release() in message, message
 assert snapshot() == before, "a missing target must leave the others alone"
 
 install(RUNTIME_HOOKS, Attachment(HardKVConfig()))
@@ -56,7 +60,7 @@ assert schedule_batch.release_kv_cache is after["sglang.srt.mem_cache.common.rel
 """
 
 OTHER_PLUGINS = """
-target = RUNTIME_HOOKS[3].target
+target = targets[3]
 HookRegistry.register(target, lambda *args: None, HookType.BEFORE)
 load_plugins()
 HookRegistry.apply_hooks()
@@ -79,11 +83,11 @@ CHANGED_SOURCES = """
 import functools, logging
 from sglang.srt.mem_cache import common
 from hardkv_sglang.engine import reviewed_sources
-from hardkv_sglang.engine.reviewed_sources import PINNED, REVIEWED, installed_release, print_rows, source_hash
+from hardkv_sglang.engine.reviewed_sources import RELEASES, hashes_of, source_hash
 
-targets = [hook.target for hook in RUNTIME_HOOKS]
-assert installed_release() == PINNED
-assert REVIEWED[PINNED] == {target: source_hash(target) for target in targets}
+release = installed_release()
+assert release in RELEASES
+assert {target: hashes_of(release)[target] for target in targets} == {t: source_hash(t) for t in targets}
 
 messages = []
 class Listener(logging.Handler):
@@ -102,22 +106,28 @@ assert not messages
 
 common.release_kv_cache = lambda *args, **kwargs: pristine(*args, **kwargs)
 message = expect(HookError, install, RUNTIME_HOOKS, Attachment(HardKVConfig()))
-assert target in message and PINNED in message, message
+assert target in message and release in message, message
 assert not any(other in message for other in targets if other != target), message
-assert not {h.target for h in RUNTIME_HOOKS} & set(HookRegistry._patched), "nothing may be patched by then"
+assert not set(targets) & set(HookRegistry._patched), "nothing may be patched by then"
 
-installation.installed_release = lambda: "0.5.18"
+# releases that nobody has read: the next one, an old one, a build from the sources
+for unknown in ("0.5.24", "0.5.16", f"{release}.post1", "0.0.0.dev1+g0123456"):
+    installation.installed_release = lambda: unknown
+    installation.check_sources(targets)
+    warning = messages.pop()
+    assert target in warning and unknown in warning and f"{OLDEST} to {NEWEST}" in warning, warning
+    assert "was not reviewed" in warning and not messages, warning
+common.release_kv_cache = pristine
+# one whose functions are those of the last reviewed release is not passed over in silence either
+installation.installed_release = lambda: f"{release}.post1"
 installation.check_sources(targets)
 (warning,) = messages
-assert target in warning and "0.5.18" in warning and PINNED in warning, warning
-common.release_kv_cache = pristine
-installation.check_sources(targets)
-assert len(messages) == 1
+assert "the same" in warning and not any(name in warning for name in targets), warning
 assert snapshot() == before
 
 # without its source a function cannot be compared: that is said, too
 exec("def release_kv_cache(req, tree_cache, is_insert=True): pass", vars(common))
-assert reviewed_sources.unreviewed([target], PINNED) == [target]
+assert reviewed_sources.unreviewed([target], release) == [target]
 """
 
 

@@ -122,12 +122,22 @@ def test_dense_serving_is_no_refusal(found: dict[str, list[Finding]]) -> None:
 
 @pytest.mark.parametrize(
     ("want", "status"),
-    [("sglang==0.0.1", REFUSED), ("torch>=99", WARN), ("hardkv-no-such-package", REFUSED), ("torch>=2", OK)],
+    [("sglang==0.0.1", WARN), ("torch>=99", WARN), ("hardkv-no-such-package", REFUSED), ("torch>=2", OK)],
 )
 def test_versions(want: str, status: str) -> None:
     finding = env.inspect_package(Requirement(want))
     assert finding.status == status
     assert (want in finding.remedy) == (status != OK)
+
+
+@pytest.mark.parametrize(
+    ("found", "status"), [("0.5.16", REFUSED), ("0.5.17", OK), ("0.5.23", OK), ("0.5.24", WARN), ("0.6.0rc1", WARN)]
+)
+def test_releases_of_sglang(monkeypatch: pytest.MonkeyPatch, found: str, status: str) -> None:
+    monkeypatch.setattr(env, "version", lambda _name: found)
+    finding = env.inspect_package(Requirement("sglang>=0.5.17,<0.5.24"))
+    assert finding.status == status
+    assert found in finding.text and ("0.5.17" in finding.remedy) == (status != OK)
 
 
 def test_packages_are_those_that_are_declared() -> None:

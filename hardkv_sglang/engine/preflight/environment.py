@@ -8,14 +8,14 @@ from importlib.metadata import PackageNotFoundError, entry_points, requires, ver
 import psutil
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from hardkv_sglang.engine.preflight import OK, REFUSED, WARN, Finding
+from hardkv_sglang.engine.reviewed_sources import OLDEST
 
 DISTRIBUTION = "hardkv-sglang"
 PLUGIN = "hardkv"
 PLUGIN_GROUP = "sglang.srt.plugins"
-# the hooks are verified against one release; other packages only have to work with it
-PINNED = ("sglang",)
 
 
 def inspect_environment() -> list[Finding]:
@@ -33,14 +33,14 @@ def inspect_packages() -> list[Finding]:
 
 
 def inspect_package(want: Requirement) -> Finding:
-    """One installed version."""
-    bad = REFUSED if want.name in PINNED else WARN
+    """One installed version. A newer SGLang starts with a warning; an older one lacks what we hook into."""
     try:
         found = version(want.name)
     except PackageNotFoundError:
         return Finding(REFUSED, want.name, "not installed", f"pip install '{want}'")
     if want.specifier.contains(found, prereleases=True):
         return Finding(OK, want.name, found)
+    bad = REFUSED if want.name == "sglang" and Version(found) < Version(OLDEST) else WARN
     return Finding(bad, want.name, f"{found}, wanted {want.specifier}", f"pip install '{want}'")
 
 

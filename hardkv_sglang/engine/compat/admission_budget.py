@@ -1,0 +1,103 @@
+"""What SGLang's `PrefillAdder` counts before it admits or preempts, and how to make it count otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hardkv_sglang.engine.compat.radix_tree import cached_len, unlocked_tokens
+from hardkv_sglang.engine.request import Request
+
+NO_ROOM = 1 << 60  # tokens, more than any pool has
+
+
+def no_token() -> Any:
+    """Admission's answer to a request that the pool cannot take now."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    return AddReqResult.NO_TOKEN
+
+
+def room_for(adder: Any, req: Request, released: Iterable[Request] = ()) -> int:
+    """Free and evictable tokens of the pool while the cached prefix of `req` is locked.
+
+    released: requests whose cached prefixes are counted as unlocked.
+    """
+    with adder._lock_node(req.last_node):
+        room = adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size()
+        return int(room) + unlocked_tokens(released)
+
+
+def prefill_tokens(adder: Any, req: Request) -> int:
+    """Tokens of the pool that SGLang asks for before it prefills `req` after what it has admitted; outputs excluded."""
+    uncached = len(req.full_untruncated_fill_ids) - cached_len(req)
+    return int(adder.rem_total_token_offset + uncached + adder.page_size)
+
+
+def preemptible(stock: Callable[..., bool], adder: Any, req: Request, server_args: Any) -> list[Request]:
+    """Running requests that SGLang may preempt for `req`, in its order."""
+    candidates: list[Request] = []
+
+    def count(candidate: Request) -> int:
+        candidates.append(candidate)
+        return 0
+
+    # a need that no release meets: SGLang looks at every candidate and gives up
+    with _preemption_budget(adder, count):
+        stock(adder, req, server_args)
+    return candidates
+
+
+def preempt(stock: Callable[..., bool], adder: Any, req: Request, server_args: Any, victims: Sequence[Request]) -> None:
+    """Let SGLang preempt the victims, which come first in its order, and requeue those that waited longest first.
+
+    SGLang goes on to preempt for every later request of the pass, and collects victims in a set, whose order differs
+    between tensor-parallel ranks.
+    """
+    with _preemption_budget(adder, lambda candidate: math.inf if candidate is victims[-1] else 0):
+        stock(adder, req, server_args)
+    adder.preempt_list[-len(victims) :] = reversed(victims)
+    adder.running_batch.batch_is_full = False
+
+
+@contextmanager
+def _preemption_budget(adder: Any, freed: Callable[[Request], float]) -> Iterator[None]:
+    """Within the block, preemption lacks more tokens than there are, and a candidate gives back what `freed` says."""
+    offset = adder.rem_total_token_offset
+    adder.rem_total_token_offset = NO_ROOM
+    adder._get_running_request_total_token_offset = freed
+    try:
+        yield
+    finally:
+        del adder._get_running_request_total_token_offset
+        adder.rem_total_token_offset = offset
+
+
+def drop_output_reservation(adder: Any) -> None:
+    """Make a fresh adder forget what it has set aside for the outputs of running requests."""
+    adder.rem_total_token_offset = adder.cur_rem_token_offset
+
+
+@contextmanager
+def without_output_reservation() -> Iterator[None]:
+    """Within the block, SGLang checks that prefills fit, and sets nothing aside for the outputs that follow."""
+    from sglang.srt.managers import schedule_policy
+
+    clip, schedule_policy.CLIP_MAX_NEW_TOKENS = schedule_policy.CLIP_MAX_NEW_TOKENS, 0
+    try:
+        yield
+    finally:
+        schedule_policy.CLIP_MAX_NEW_TOKENS = clip
+
+
+@contextmanager
+def admitted_with_eos(req: Request) -> Iterator[None]:
+    """Within the block, `req` may end early: without a radix tree, SGLang admits `ignore_eos` by maximal lengths."""
+    sampling = req.sampling_params
+    ignore_eos, sampling.ignore_eos = sampling.ignore_eos, False
+    try:
+        yield
+    finally:
+        sampling.ignore_eos = ignore_eos
