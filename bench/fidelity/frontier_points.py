@@ -37,10 +37,10 @@ def kept(recent: int, share: float, interval: int = 128, name: str = "", **chang
     return Point("hardkv, remembered and prior" if not name else f"hardkv, {name}", f"{label} {name}".strip(), options)
 
 
-def top_p(recent: int, p: float) -> Point:
+def top_p(recent: int, p: float, interval: int = 128) -> Point:
     """The rule with Top-p."""
-    options = {"top_p": p, **schedule(recent), **RULE}
-    return Point("hardkv, remembered and prior, top_p", f"hardkv {recent}/128 top_p {p:g}", options)
+    options = {"top_p": p, **schedule(recent, interval), **RULE}
+    return Point("hardkv, remembered and prior, top_p", f"hardkv {recent}/{interval} top_p {p:g}", options)
 
 
 def streaming(recent: int) -> Point:
@@ -74,6 +74,7 @@ def first() -> list[Point]:
         uniform("rkv", 256, 512),
         top_p(256, 0.95),
         uniform("snapkv", 64, 128),
+        *(top_p(recent, p, 256) for recent in (256, 128) for p in (0.98, 0.99)),
     ]
 
 

@@ -39,7 +39,9 @@ def best(scores: torch.Tensor, valid: torch.Tensor, count: int, chunk: int = CHU
     scores: [N] float32 or float64, not negative; valid: [N] bool. Returns [N] bool. Guarantees: see `heaviest`.
     """
     exist = valid.split(chunk)
-    return _heaviest(scores.split(chunk), lambda i: exist[i].long(), valid.sum() - count) & valid
+    # on a GPU the sum of a mask takes eight bytes for each of its elements
+    num_valid = torch.stack([part.sum() for part in exist]).sum()
+    return _heaviest(scores.split(chunk), lambda i: exist[i].long(), num_valid - count) & valid
 
 
 def _heaviest(parts: Sequence[torch.Tensor], weigh: Callable[[int], torch.Tensor], limit: torch.Tensor) -> torch.Tensor:
