@@ -57,8 +57,10 @@ class ServerProcess:
         self._arguments = ["--model-path", str(model), *command_line(self.flags)]
         command = [sys.executable, "-m", "sglang.launch_server", *self._arguments]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        # SGLang's own choice is open to connections of other programs until its workers listen
-        command += ["--nccl-port", str(free_port())]
+        if int(self.flags.get("dp-size") or 1) == 1:
+            # SGLang's own choice is open to connections of other programs until its workers listen; but it gives each
+            # data-parallel replica a port, and a port that is named would be that of all
+            command += ["--nccl-port", str(free_port())]
         with self.log_path.open("wb") as log:
             return subprocess.Popen(
                 command,

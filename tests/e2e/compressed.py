@@ -55,6 +55,7 @@ FAST = MappingProxyType({**SHORT, **FEWER_LAYERS})
 # thousands of tokens in seconds
 TWO_LAYERS = MappingProxyType({"json-model-override-args": '{"num_hidden_layers": 2}'})
 TINY = MappingProxyType({**SHORT, **TWO_LAYERS})
+TINY_STOCK = MappingProxyType({**STOCK, **TWO_LAYERS, "enable-metrics": True})
 # nothing can be dropped, so no event would run by itself
 EXACT_OPTIONS = {**SHORT_INTERVALS, "top_p": 1.0, "max_tokens": None, "min_freed_pages": 0}
 EXACT = MappingProxyType(compressed(EXACT_OPTIONS))

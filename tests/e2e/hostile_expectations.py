@@ -92,6 +92,12 @@ def token_ids(fields: dict[str, Any]) -> Iterator[int]:
 
 ENDS_STOCK = (
     Known(
+        "JSON schema as an object",
+        lambda fields: any(isinstance(values.get("json_schema"), dict) for values in sampling_of(fields)[1:]),
+        "/generate passes it on, and the scheduler looks the grammar up by it: an object has no hash",
+        is_seen=True,
+    ),
+    Known(
         "ill-typed sampling parameter",
         lambda fields: any(is_ill_typed(values, SAMPLING_TYPES) for values in sampling_of(fields)[1:]),
         "/generate does not check types: logit_bias {'1': null} ends the scheduler",

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
-from e2e.compressed import STOCK, STRICT, TINY, TWO_LAYERS, two_layers
+from e2e.compressed import STRICT, TINY, TINY_STOCK, two_layers
 from e2e.hostile_cases import Case, generate_cases
 from e2e.hostile_client import neighbour, probe, send
 from e2e.hostile_expectations import ENDS_STOCK, OUR_REASONS, reason
@@ -22,7 +22,6 @@ from hardkv_sglang.cli.server_process import ServerProcess as Server
 
 Get = Callable[[], Server]
 pytestmark = two_layers
-TINY_STOCK = {**STOCK, **TWO_LAYERS, "enable-metrics": True}
 ALONE = "/release_memory_occupation"  # asserts that nothing runs: with a request beside it, stock SGLang ends
 HEAD_START_S = 0.03  # of the request that runs beside a case
 PROGRESS_INTERVAL = 50  # cases
