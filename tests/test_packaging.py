@@ -54,7 +54,9 @@ def run(command: list[str], folder: Path) -> str:
 
 def test_wheel_has_every_file_of_the_package(wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hardkv_sglang/")}
-    files = (file for file in (ROOT / "hardkv_sglang").rglob("*") if file.is_file() and file.suffix != ".pyc")
+    files = (
+        file for file in (ROOT / "hardkv_sglang").rglob("*") if file.is_file() and file.parent.name != "__pycache__"
+    )
     assert packed == {file.relative_to(ROOT).as_posix() for file in files}
 
 

@@ -6,16 +6,28 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.overrides import is_opted_out
 from hardkv_sglang.engine.request import Request
+from hardkv_sglang.engine.roster import Roster
 from hardkv_sglang.lifecycle.expectation import OutputLength
-from hardkv_sglang.lifecycle.forecast import FORECAST_ERROR, Forecast, Outlook, UsageForecast
+from hardkv_sglang.lifecycle.forecast import OutlookStack, UsageForecast
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.lifecycle.relief import PressureRelief
 from hardkv_sglang.lifecycle.request_state import RequestState
-from hardkv_sglang.lifecycle.snapshot import Snapshot
+from hardkv_sglang.lifecycle.schedule import COUNT_DELAY, NEVER, NOW
+from hardkv_sglang.lifecycle.usage_peak import (
+    AGED,
+    CONDENSED,
+    DENSE,
+    EXPECTED_STEPS,
+    FIRST_CONDENSE,
+    HELD,
+    MOST_STEPS,
+    Outlook,
+)
 
 
 class Admission:
@@ -26,7 +38,7 @@ class Admission:
     ) -> None:
         self.planner = planner
         self.relief = relief
-        self.states = states  # by request
+        self.roster = Roster(planner, states)
         self.output_length = OutputLength()
         self.forecast = UsageForecast(planner.cfg)
         self.layout = planner.cfg.layout
@@ -36,41 +48,34 @@ class Admission:
         or when one of them ends or is preempted."""
         return AdmissionPass(self, running)
 
-    def running_outlooks(self, running: Sequence[Request]) -> tuple[Outlook, int]:
-        """A stack of outlooks, and the tokens that stay free at the peak: a condense event must be able to copy before
-        it frees.
+    def running_outlooks(self, running: Sequence[Request]) -> tuple[NDArray[np.float64], int]:
+        """Their outlooks, [N, 8], and the tokens that stay free at the peak: a condense event must be able to copy
+        before it frees.
 
         What relief looks ahead over beyond that is not set aside: it then runs some events early, which costs less than
         the requests that would have to wait.
         """
-        states = [self.states.get(r) for r in running]
-        # without a state: just prefilled, or dense for good
-        is_fresh = np.fromiter([state is None for state in states], np.bool_, len(states))
-        known = [state or self._fresh_state(r) for state, r in zip(states, running, strict=True)]
-        of = Snapshot.take(known, compat.committed_lens(running))
-        dense, condensed = of.seq_len - of.condensed_end, of.num_condensed_pages * self.layout.page_size
-        first = self.planner.schedule.steps_to_condense(of).astype(np.float64)
-        first[[i for i in np.flatnonzero(is_fresh) if is_opted_out(compat.custom_params(running[i]))]] = math.inf
-        remaining, is_exact = compat.output_bounds(running)
-        outlooks = Outlook(
-            prompt=np.zeros(len(running)),
-            held=(-(-dense // self.layout.page_size) * self.layout.page_size).clip(min=0) + condensed,
-            dense=dense,
-            condensed=condensed,
-            aged=of.condensed_end - of.prefix_end,
-            first_condense=first,
-            expected_steps=np.where(is_exact, remaining, np.minimum(remaining, self.output_length.mean)),
-            most_steps=remaining,
-        )
-        compressed = of if not is_fresh.any() else Snapshot(*(column[~is_fresh] for column in of))
-        reserve = self.relief.largest_copy(compressed)
-        return outlooks, reserve * self.layout.page_size
+        rows, page = self.roster.rows(running), self.layout.page_size
+        of, lens = self.planner.table.take(rows), np.fromiter(compat.committed_lens(running), np.int64, len(running))
+        outlooks = np.zeros((len(running), len(Outlook._fields)))
+        dense, condensed = lens - of.condensed_end, of.condensed_pages * page
+        outlooks[:, HELD] = np.maximum(-(-dense // page) * page, 0) + condensed
+        outlooks[:, DENSE] = dense
+        outlooks[:, CONDENSED] = condensed
+        outlooks[:, AGED] = of.condensed_end - of.prefix_end
+        outlooks[:, FIRST_CONDENSE] = of.next_condense - lens
+        outlooks[of.next_condense == NOW, FIRST_CONDENSE] = COUNT_DELAY
+        outlooks[of.next_condense == NEVER, FIRST_CONDENSE] = math.inf
+        outlooks[:, MOST_STEPS] = most = np.maximum(self.roster.last_len[rows] - lens, 0)
+        mean = np.where(self.roster.is_exact[rows], math.inf, self.output_length.mean)
+        outlooks[:, EXPECTED_STEPS] = np.minimum(most, mean)
+        return outlooks, self.relief.largest_copy(of, lens) * page
 
     def new_outlook(self, req: Request) -> Outlook:
         """Outlook of a request without an event; its output is longer than nothing after a retraction."""
         uncached = max(0, len(req.origin_input_ids) - compat.cached_len(req))
         seq_len = compat.num_tokens(req)
-        prefix_end = self._prefix_end(req)
+        prefix_end = self.layout.page_ceil(len(req.origin_input_ids))
         first = self.planner.schedule.steps_to_first_condense(prefix_end, seq_len)
         remaining = compat.remaining_tokens(req)
         return Outlook(
@@ -84,13 +89,6 @@ class Admission:
             most_steps=remaining,
         )
 
-    def _fresh_state(self, req: Request) -> RequestState:
-        prefix_end, seq_len = self._prefix_end(req), compat.committed_len(req)
-        return RequestState(0, prefix_end, prefix_end, prefix_end, seq_len, seq_len)
-
-    def _prefix_end(self, req: Request) -> int:
-        return self.layout.page_ceil(len(req.origin_input_ids))
-
 
 class AdmissionPass:
     """Candidates of one pass over the waiting queue: those that run are looked at once, for all of them."""
@@ -98,10 +96,10 @@ class AdmissionPass:
     def __init__(self, admission: Admission, running: Sequence[Request]) -> None:
         self.admission = admission
         self.running = running
-        self._outlooks: Outlook | None = None  # a stack of those that run
+        self.needed = 0  # tokens of the pool that had to be free for the last candidate
+        self._stack: OutlookStack | None = None
+        self._newcomers: list[Request] = []  # whom the stack counts beside those that run
         self._reserve = 0
-        self._forecast: Forecast | None = None
-        self._newcomers: list[Request] = []  # whom the forecast counts beside those that run
 
     def fits(self, free_tokens: int, admitted: Sequence[Request], req: Request) -> bool:
         """Whether `req` may start.
@@ -111,33 +109,21 @@ class AdmissionPass:
         """
         if not self.running and not admitted:
             return True
-        if self._newcomers != admitted:  # SGLang has not taken whom the forecast counts
-            self._forecast, self._newcomers = None, list(admitted)
-        outlook = self.admission.new_outlook(req)
-        forecast = self._with_added(outlook)
-        # a request that is refused waits, and one that only just fits may be one too many: look closely
-        if forecast is None or forecast.growth(2 * FORECAST_ERROR) + self._reserve > free_tokens:
-            forecast = self._make(outlook)
-        self._forecast = forecast
+        stack, admission = self._stack_with(admitted), self.admission
+        stack.push(admission.new_outlook(req))
         self._newcomers.append(req)
-        return forecast.growth(FORECAST_ERROR) + self._reserve <= free_tokens
+        events_per_step = admission.planner.schedule.event_budget(stack.size)
+        self.needed = admission.forecast.growth(stack, admission.planner.kept, events_per_step) + self._reserve
+        return self.needed <= free_tokens
 
-    def _with_added(self, outlook: Outlook) -> Forecast | None:
-        admission, forecast = self.admission, self._forecast
-        if forecast is None or forecast.events_per_step != self._events_per_step():
-            return None
-        return admission.forecast.add(forecast, outlook, admission.planner.kept)
-
-    def _make(self, outlook: Outlook) -> Forecast:
-        admission = self.admission
-        if self._forecast is not None:
-            together, added = self._forecast.outlooks[0], self._forecast.outlooks[1:]
-        else:
-            if self._outlooks is None:
-                self._outlooks, self._reserve = admission.running_outlooks(self.running)
-            together, added = self._outlooks, [admission.new_outlook(r) for r in self._newcomers]
-        outlooks = together.stack([*added, outlook])
-        return admission.forecast.make(outlooks, admission.planner.kept, self._events_per_step())
-
-    def _events_per_step(self) -> int:
-        return self.admission.planner.schedule.event_budget(len(self.running) + len(self._newcomers) + 1)
+    def _stack_with(self, admitted: Sequence[Request]) -> OutlookStack:
+        """Outlooks of those that run and are admitted."""
+        if self._stack is None:
+            outlooks, self._reserve = self.admission.running_outlooks(self.running)
+            self._stack = OutlookStack(outlooks)
+        if self._newcomers != admitted:  # SGLang has not taken the last candidate
+            self._stack.truncate(len(self.running))
+            self._newcomers = list(admitted)
+            for req in admitted:
+                self._stack.push(self.admission.new_outlook(req))
+        return self._stack

@@ -42,7 +42,7 @@ class Attachment:
 
 
 def build_runtime(options: HardKVConfig, model_runner: Any) -> HardKVRuntime:
-    """Allocate tables, take over decode attention, and run both kinds of events once on the padding row.
+    """Allocate tables, take over decode attention, run both kinds of events once on the padding row, and compile.
 
     Raises `TypeError` for an attention backend that we do not extend, `PriorsError` for priors of another model.
     """
@@ -54,6 +54,7 @@ def build_runtime(options: HardKVConfig, model_runner: Any) -> HardKVRuntime:
     executor = EventExecutor(memory, compat.tensor_parallel_group(), _read_priors(cfg, model_runner))
     runtime = HardKVRuntime(executor, install_backend(model_runner, cfg, tables))
     executor.warm_up()
+    runtime.admission.forecast.warm_up(runtime.planner.kept)
     logger.info(
         "HARD-KV: %s, %d rows; beside the pool of %.2f GB: %s; CUDA graphs for up to %d requests, "
         "SGLang logs their memory when they are captured",

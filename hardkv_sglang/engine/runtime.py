@@ -60,10 +60,10 @@ class HardKVRuntime:
         allocator = self._allocator(batch.tree_cache)
         views = []
         for req in batch.reqs:
-            if is_opted_out(compat.custom_params(req)):
-                continue
             state = self.states.get(req)
             if state is None:
+                if is_opted_out(compat.custom_params(req)):
+                    continue
                 state = self._admit(req)
             if not req.finished():
                 state.seq_len = compat.committed_len(req)
@@ -71,7 +71,7 @@ class HardKVRuntime:
         self.idle_check_due = True
         seq_lens = [compat.committed_len(req) for req in batch.reqs]
         available = allocator.available_pages()
-        self.statistics.count_rescue(self.relief.is_rescue(views, seq_lens, available))
+        self.statistics.count_rescue(self.relief.is_rescue(seq_lens, available))
         with self.statistics.event_time():
             plan = self.planner.plan(views, allocator, self.relief.choose(views, seq_lens, available))
         self.admission.output_length.add_tokens(len(batch.reqs))
@@ -137,12 +137,13 @@ class HardKVRuntime:
     def release(self, req: Request, tree_cache: Any) -> None:
         """Before SGLang releases a request: free what compression owns, leave only exact KV to SGLang."""
         state = self.states.pop(req, None)
+        self.admission.roster.forget(req)
         if req.finished():
             self.admission.output_length.add_end()
         if state is None:
             return
         if not compat.holds_kv(req):
-            self.planner.stop_observing(state)
+            self.planner.forget(state)
             return
         allocated = compat.allocated_len(req)
         if state.is_compressed:
@@ -175,13 +176,16 @@ class HardKVRuntime:
         elif problem is not None:
             logger.error("HARD-KV: %s; please report this", problem)
             for state in self.states.values():
-                self.planner.stop_observing(state)
+                self.planner.forget(state)
             self.states.clear()
+            self.admission.roster.clear()
         self.publish_metrics()
 
     def _leftovers(self) -> str | None:
         if self.states:
             return f"the idle server holds compression state of rows {[s.row for s in self.states.values()]}"
+        if len(self.admission.roster):
+            return "the idle server expects more tokens of requests that have ended"
         if len(self.planner.free_ring_slots) != self.cfg.num_ring_slots:
             return "the idle server records queries of requests that have ended"
         return None

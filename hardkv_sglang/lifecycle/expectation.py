@@ -27,34 +27,34 @@ class KeptShare:
     """
 
     def __init__(self, span: int) -> None:
-        self._span = span  # tokens of a select interval
+        self.span = span  # tokens of a select interval
         self._sums: list[float] = []  # of shares, by age
         self._events: list[float] = []
-        self._shares: NDArray[np.float64] = np.full(1, PRIOR_SHARE)
+        self.shares: NDArray[np.float64] = np.full(1, PRIOR_SHARE)  # by age
 
     def add(self, kept_tokens: int, aged_tokens: int) -> None:
         """Count one settled select event."""
-        age = aged_tokens // self._span
+        age = aged_tokens // self.span
         missing = max(0, age + 1 - len(self._sums))
         self._sums += [0.0] * missing
         self._events += [0.0] * missing
         memory = 1 - 1 / SHARE_MEMORY
         self._sums[age] = self._sums[age] * memory + min(1.0, kept_tokens / aged_tokens)
         self._events[age] = self._events[age] * memory + 1
-        self._shares = np.empty(len(self._sums))
+        self.shares = np.empty(len(self._sums))
         share = PRIOR_SHARE
         for i, (total, events) in enumerate(zip(self._sums, self._events, strict=True)):
             share = (share * PRIOR_EVENTS + total) / (PRIOR_EVENTS + events)
-            self._shares[i] = share
+            self.shares[i] = share
 
     def share(self, aged_tokens: int) -> float:
         """Share that a request with so many aged tokens is expected to keep."""
-        return float(self._shares[min(aged_tokens // self._span, len(self._shares) - 1)])
+        return float(self.shares[min(aged_tokens // self.span, len(self.shares) - 1)])
 
     def tokens(self, aged_tokens: NDArray[Any]) -> NDArray[Any]:
         """Tokens that requests with so many aged tokens are expected to keep."""
-        ages = aged_tokens.astype(np.int64) // self._span
-        return aged_tokens * self._shares[np.minimum(ages, len(self._shares) - 1)]
+        ages = aged_tokens.astype(np.int64) // self.span
+        return aged_tokens * self.shares[np.minimum(ages, len(self.shares) - 1)]
 
 
 @dataclass

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from hardkv_sglang.lifecycle.expectation import KeptShare
 from hardkv_sglang.lifecycle.request_state import RequestState, View
-from hardkv_sglang.lifecycle.schedule import COUNT_DELAY, EventSchedule
+from hardkv_sglang.lifecycle.request_table import RequestTable
+from hardkv_sglang.lifecycle.schedule import EventSchedule
 from hardkv_sglang.lifecycle.step_plan import NO_EARLY_EVENTS, CondenseOp, EarlyEvents, ObserveOp, SelectOp, StepPlan
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 
@@ -35,6 +36,7 @@ class LifecyclePlanner:
     def __init__(self, cfg: ResolvedConfig) -> None:
         self.cfg = cfg
         self.schedule = EventSchedule(cfg)
+        self.table = RequestTable(self.schedule, cfg.num_rows)
         self.query_window = cfg.options.query_window
         self.kept = KeptShare(self.schedule.select_span)  # of all requests so far
         self.free_ring_slots = list(range(cfg.num_ring_slots))
@@ -47,7 +49,18 @@ class LifecyclePlanner:
         prefix_end = self.cfg.layout.page_ceil(max(prompt_len, protected_len))
         state = RequestState(row, prefix_end, prefix_end, prefix_end, seq_len, 0)
         state.observe_from = self.schedule.observe_from(state, seq_len)
+        self._enter(state)
         return state
+
+    def expect(self, row: int, prompt_len: int, seq_len: int, stays_dense: bool) -> None:
+        """Enter a request into the table that has not decoded yet, or never will under compression."""
+        prefix_end = self.cfg.layout.page_ceil(prompt_len)
+        self.table.write_dense(RequestState(row, prefix_end, prefix_end, prefix_end, seq_len, seq_len), stays_dense)
+
+    def _enter(self, state: RequestState) -> None:
+        """After every change: when to look at the request again, and its row of the table."""
+        state.wakes_at = self.schedule.wakes_at(state)
+        self.table.write(state)
 
     def plan(self, views: Iterable[View], allocator: PageAllocator, early: EarlyEvents = NO_EARLY_EVENTS) -> StepPlan:
         """Choose this step's events and move pages.
@@ -57,12 +70,13 @@ class LifecyclePlanner:
         target inside one launch. A condense event that the pool cannot serve is postponed.
         """
         running, schedule = list(views), self.schedule
-        due = [(state, seq_len) for state, seq_len in running if seq_len >= state.observe_from]
+        awake = [view for view in running if view[1] >= view[0].wakes_at]
+        due = [(state, seq_len) for state, seq_len in awake if seq_len >= state.observe_from]
         plan = StepPlan(observes=self._start_observing([*due, *early.observes]))
-        for state, seq_len in running:
+        for state, seq_len in awake:
             self._learn(state, seq_len)
         budget = self.cfg.options.max_events_per_step if early.hurry else schedule.event_budget(len(running))
-        for state, seq_len in schedule.due(running):
+        for state, seq_len in schedule.due(awake):
             if plan.num_events >= budget:
                 break
             if schedule.condense_is_due(state, seq_len) and self._plan_condense(state, seq_len, allocator, plan):
@@ -81,8 +95,13 @@ class LifecyclePlanner:
     def _learn(self, state: RequestState, seq_len: int) -> None:
         """Count survivors in the step in which they may first be used, not in the one in which they arrive: that
         one depends on the overlap scheduler."""
-        if state.survivor_pages is not None and seq_len == state.selected_at + COUNT_DELAY:
+        settled_from = self.schedule.settled_from(state)
+        if not state.is_unread or seq_len < settled_from:
+            return
+        if seq_len == settled_from and state.survivor_pages is not None:
             self.kept.add(state.survivor_pages * self.cfg.layout.page_size, state.recent_start - state.prefix_end)
+        state.is_unread = False
+        self._enter(state)
 
     def _plan_early(self, state: RequestState, seq_len: int, allocator: PageAllocator, plan: StepPlan) -> None:
         gain = self.schedule.condense_gain(state) if self.schedule.is_settled(state, seq_len) else 0
@@ -100,10 +119,15 @@ class LifecyclePlanner:
             if state.ring_slot is None and self.free_ring_slots:
                 state.ring_slot, state.observe_from = self.free_ring_slots.pop(), seq_len
                 ops.append(ObserveOp(state.row, state.ring_slot))
+                self._enter(state)
         return ops
 
-    def stop_observing(self, state: RequestState) -> None:
-        """Take the request's ring slot back, if it has one."""
+    def forget(self, state: RequestState) -> None:
+        """Take back what a request has here that ends or holds nothing."""
+        self.table.clear(state.row)
+        self._stop_observing(state)
+
+    def _stop_observing(self, state: RequestState) -> None:
         if state.ring_slot is not None:
             self.free_ring_slots.append(state.ring_slot)
             state.ring_slot = None
@@ -124,9 +148,10 @@ class LifecyclePlanner:
         ring_slot = state.ring_slot
         assert ring_slot is not None
         remembered_end, state.measured_end = state.measured_end, self._measured_end(state, first_query)
-        self.stop_observing(state)
+        self._stop_observing(state)
         # queries before this event attended another set of tokens than the next event will assume
         state.observe_from = self.schedule.observe_from(state, seq_len)
+        self._enter(state)
         return SelectOp(
             state=state,
             row=state.row,
@@ -180,6 +205,7 @@ class LifecyclePlanner:
         state.condensed_list_bound = state.longest_list
         state.survivor_pages = None
         state.num_condenses += 1
+        self._enter(state)
 
     def settle(self, state: RequestState, head_pages: int, counts: list[int]) -> None:
         """Take over a select event's counts.
@@ -190,6 +216,8 @@ class LifecyclePlanner:
         state.survivor_pages = -(-head_pages // self.cfg.layout.columns)
         state.longest_list = max(counts)
         state.kept_counts = counts
+        state.is_unread = True
+        self._enter(state)
 
     def release(self, state: RequestState, allocated_len: int, allocator: PageAllocator) -> int:
         """Free everything that compression made the request own.
@@ -198,7 +226,7 @@ class LifecyclePlanner:
         itself: the dense prefix if any event ran, else all of it.
         """
         state.released = True
-        self.stop_observing(state)
+        self.forget(state)
         if not state.is_compressed:
             return allocated_len
         if state.num_condensed_pages:

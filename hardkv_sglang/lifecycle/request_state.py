@@ -35,11 +35,13 @@ class RequestState:
     measured_end: int = 0  # end of the positions that the last select event measured
     selected_at: int = 0  # sequence length at the last select event
     survivor_pages: int | None = None  # token pages that the selected survivors need; None while unknown
+    is_unread: bool = False  # the survivors have not been counted as experience yet
     longest_list: int = 0  # tokens in the longest condensed list after the next condense event
     condensed_list_bound: int = 0  # tokens in the longest condensed list now
     released: bool = False
     seq_len: int = 0  # tokens with KV at the last planned step
     early_pages: int = 0  # token pages that early events gave back and no event on schedule has made up for
+    wakes_at: int = 0  # length before which the planner need not look at the request
     kept_counts: list[int] = field(default_factory=list)  # per (layer, KV head), from the last select event
 
     @property

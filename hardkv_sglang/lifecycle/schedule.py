@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import ceil
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from hardkv_sglang.lifecycle.request_state import RequestState, View
-from hardkv_sglang.lifecycle.snapshot import UNKNOWN, Snapshot
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 
 NEVER = 1 << 40
+NOW = 0
 COUNT_DELAY = 2  # steps until a select event's counts are on the host, with or without the overlap scheduler
 
 
@@ -59,7 +55,7 @@ class EventSchedule:
     def next_select(self, state: RequestState) -> int:
         """Length at which the next select event is due: a whole interval has left the recent window, and selecting can
         drop something. `NEVER` while the sparse tier has no room for that."""
-        target = self.cfg.layout.page_ceil(max(state.recent_start + self.select_span, self._first_drop(state)))
+        target = self.cfg.layout.page_ceil(max(state.recent_start + self.select_span, self.first_drop(state)))
         if target > state.condensed_end + self.cfg.max_sparse_span:
             return NEVER
         return target + self.recent_tokens
@@ -75,17 +71,17 @@ class EventSchedule:
 
     def select_is_due(self, state: RequestState, seq_len: int) -> bool:
         """Whether it is time for a select event, and enough queries are recorded for one."""
-        return seq_len >= self.next_select(state) and self.is_observed(state, seq_len)
+        return seq_len >= self.select_from(state)
 
-    def is_observed(self, state: RequestState, seq_len: int) -> bool:
-        """Whether enough queries are recorded for a select event."""
-        return state.ring_slot is not None and seq_len - state.observe_from >= self.query_window
+    def select_from(self, state: RequestState) -> int:
+        """Length from which a select event is due."""
+        return max(self.next_select(state), self.observed_from(state))
 
-    def may_drop(self, state: RequestState, target: int) -> bool:
-        """Whether a select event up to `target` can drop anything."""
-        return target >= self._first_drop(state)
+    def observed_from(self, state: RequestState) -> int:
+        """Length from which enough queries are recorded for a select event; `NEVER` while none are."""
+        return NEVER if state.ring_slot is None else state.observe_from + self.query_window
 
-    def _first_drop(self, state: RequestState) -> int:
+    def first_drop(self, state: RequestState) -> int:
         """Least target with which a select event can drop anything: lists at their floor cannot shrink.
 
         Once the sparse tier is full, waiting helps no more, unless no list can ever outgrow its floor.
@@ -100,12 +96,21 @@ class EventSchedule:
 
     def condense_is_due(self, state: RequestState, seq_len: int) -> bool:
         """Whether the sparse tier is long enough, its survivors are known, and condensing does more than copy."""
-        is_long = state.sparse_span >= self.condense_span
-        return is_long and self.is_settled(state, seq_len) and self._is_worth_a_copy(state)
+        return seq_len >= self.condense_from(state)
+
+    def condense_from(self, state: RequestState) -> int:
+        """Length from which a condense event is due; `NEVER` until the next select event changes that."""
+        if state.survivor_pages is None or state.sparse_span < self.condense_span or not self._is_worth_a_copy(state):
+            return NEVER
+        return self.settled_from(state)
 
     def is_settled(self, state: RequestState, seq_len: int) -> bool:
         """Whether a condense event may run: the survivors are known."""
-        return state.survivor_pages is not None and seq_len >= state.selected_at + COUNT_DELAY
+        return seq_len >= self.settled_from(state)
+
+    def settled_from(self, state: RequestState) -> int:
+        """Length from which the survivors may be used; `NEVER` while they are unknown."""
+        return NEVER if state.survivor_pages is None else state.selected_at + COUNT_DELAY
 
     def condense_gain(self, state: RequestState) -> int:
         """Token pages that a condense event of now gives back, less those that it takes. Survivors must be known."""
@@ -114,24 +119,25 @@ class EventSchedule:
 
     def _is_worth_a_copy(self, state: RequestState) -> bool:
         """A full sparse tier is condensed even if nothing is gained: only that makes room for later events."""
-        return self._is_full(state.sparse_span) or self.condense_gain(state) >= self.cfg.options.min_freed_pages
+        is_full = state.sparse_span + self.select_span > self.cfg.max_sparse_span  # no room for another interval
+        return is_full or self.condense_gain(state) >= self.cfg.options.min_freed_pages
 
-    def _is_full(self, sparse_span: Any) -> Any:
-        """Whether the tables have no room for another interval of sparse tokens."""
-        return sparse_span + self.select_span > self.cfg.max_sparse_span
+    def next_condense(self, state: RequestState) -> int:
+        """Length at which the next condense event is expected, on schedule; `NOW` for one that waits for counts or for
+        its turn."""
+        is_worth = state.survivor_pages is None or self._is_worth_a_copy(state)
+        if state.sparse_span >= self.condense_span and is_worth:
+            return NOW
+        missing = max(1, ceil((self.condense_span - state.sparse_span) / self.select_span))
+        selected_at = state.recent_start + missing * self.select_span + self.recent_tokens
+        return max(selected_at, state.observe_from + self.query_window) + COUNT_DELAY
 
-    def steps_to_condense(self, of: Snapshot) -> NDArray[np.int64]:
-        """Decode steps until the next condense event of each request that is on schedule, [N]."""
-        sparse_span = of.sparse_span
-        gain = sparse_span // self.cfg.layout.page_size + of.num_condensed_pages - of.survivor_pages
-        is_worth = (of.survivor_pages == UNKNOWN) | self._is_full(sparse_span)
-        is_worth |= gain >= self.cfg.options.min_freed_pages
-        missing = -((sparse_span - self.condense_span) // self.select_span)
-        selected_at = of.recent_start + missing.clip(min=1) * self.select_span + self.recent_tokens
-        steps = np.maximum(selected_at, of.observe_from + self.query_window) - of.seq_len
-        return np.where((sparse_span >= self.condense_span) & is_worth, 0, steps) + COUNT_DELAY
+    def wakes_at(self, state: RequestState) -> int:
+        """Length from which a planned step may do something for the request; until then it is not looked at."""
+        acts = state.observe_from if state.ring_slot is None else self.select_from(state)
+        return min(acts, self.settled_from(state) if state.is_unread else self.condense_from(state))
 
     def steps_to_first_condense(self, prefix_end: int, seq_len: int) -> int:
-        """The same for a request that has not decoded yet."""
+        """Decode steps until the first condense event of a request that has not decoded yet."""
         selected_at = prefix_end + max(1, ceil(self.condense_span / self.select_span)) * self.select_span
         return max(selected_at + self.recent_tokens, seq_len + self.query_window) - seq_len + COUNT_DELAY

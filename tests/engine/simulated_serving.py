@@ -148,6 +148,7 @@ class Serving:
     def release(self, req: Request) -> None:
         row, left = req.req_pool_idx, req.kv_committed_len
         state = self.states.pop(req, None)
+        self.admission.roster.forget(req)
         if state is not None:
             left = self.planner.release(state, left, self.pool)
         self.pool.free_row(row, 0, left)
@@ -166,8 +167,10 @@ class Serving:
                 )
         views = [(self.states[r], r.kv_committed_len) for r in self.running if r in self.states]
         seq_lens, free = [r.kv_committed_len for r in self.running], len(self.pool.free)
-        self.statistics.count_rescue(self.relief.is_rescue(views, seq_lens, free))
+        self.statistics.count_rescue(self.relief.is_rescue(seq_lens, free))
         self.pool.log.clear()
+        if self.is_checked:
+            self.check_sleepers(views)
         plan = self.planner.plan(views, self.pool, self.relief.choose(views, seq_lens, free))
         if self.is_checked:
             assert plan.num_events <= self.options.max_events_per_step
@@ -180,6 +183,16 @@ class Serving:
         self.statistics.count_plan(plan)
         self.in_flight.append(plan.selects)
         self.is_full &= not plan.freed_pages
+
+    def check_sleepers(self, views: list[View]) -> None:
+        """The table is up to date, and whoever the planner does not look at in this step has nothing to do."""
+        schedule, table = self.planner.schedule, self.planner.table
+        for state, seq_len in views:
+            assert tuple(table.columns[:, state.row]) == table.tiers(state)
+            if seq_len < state.wakes_at:
+                assert schedule.overdue(state, seq_len) < 0
+                assert state.ring_slot is not None or seq_len < state.observe_from
+                assert not state.is_unread or not schedule.is_settled(state, seq_len)
 
     def settle(self, state: RequestState) -> None:
         aged = state.recent_start - state.prefix_end

@@ -14,7 +14,8 @@ from lifecycle.page_pool import PAGE
 
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.lifecycle.expectation import PRIOR_SHARE, KeptShare, OutputLength
-from hardkv_sglang.lifecycle.forecast import Outlook
+from hardkv_sglang.lifecycle.forecast import OutlookStack
+from hardkv_sglang.lifecycle.usage_peak import Outlook
 
 DEFAULTS = HardKVConfig(select_interval=512)
 POOL_PAGES = 188  # 6016 tokens
@@ -176,8 +177,8 @@ def test_overdue_events_are_still_to_come() -> None:
         prompt=0, held=640, dense=640, condensed=0, aged=0, first_condense=-30, expected_steps=8, most_steps=8
     )
     # nothing is given back before the next step, and a page more is opened in it
-    none = Outlook(*[np.zeros(0)] * len(outlook))
-    assert forecast.make(none.stack([outlook]), kept, 1).growth(0) >= PAGE
+    stack = OutlookStack(np.array([outlook], dtype=np.float64))
+    assert forecast.growth(stack, kept, 1) >= PAGE
 
 
 def test_output_length_counts_running_requests() -> None:

@@ -98,6 +98,7 @@ def compress(req, num_pages):
     state.condensed_end = state.recent_start = end
     state.num_selects = state.num_condenses = 1
     state.selected_at = req.kv_committed_len
+    planner.table.write(state)
 
 
 def server(num_running, num_output, num_pages, base=None, most=MOST):

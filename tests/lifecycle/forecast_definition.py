@@ -8,41 +8,37 @@ from math import ceil
 from typing import Any
 
 import numpy as np
+from lifecycle import relief_definition
 from numpy.typing import NDArray
 
 from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.admission import Admission
 from hardkv_sglang.engine.overrides import is_opted_out
 from hardkv_sglang.lifecycle.expectation import KeptShare
-from hardkv_sglang.lifecycle.forecast import (
-    EVENT_POINTS,
-    EVENTS_PER_CYCLE,
-    FORECAST_ERROR,
-    FORECAST_POINTS,
-    Outlook,
-    UsageForecast,
-)
+from hardkv_sglang.lifecycle.forecast import EVENTS_PER_CYCLE, FORECAST_ERROR, UsageForecast
 from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.lifecycle.schedule import COUNT_DELAY, EventSchedule
+from hardkv_sglang.lifecycle.usage_peak import EVENT_POINTS, FORECAST_POINTS, Outlook, Rules
 
 
 def peak_growth(self: UsageForecast, requests: Sequence[Outlook], kept: KeptShare, events_per_step: int) -> int:
     """Most pool tokens that the requests together will take beyond what they hold now, allowing for errors."""
     columns = [[float(value) for value in column] for column in zip(*requests, strict=True)]
+    rules = self.rules
     prompt, held, dense, condensed, aged, first, expected, most = np.array(columns)[:, :, None]  # [N, 1] each
     due = first.clip(min=1)  # overdue events have not happened yet
     first = _queued(due, events_per_step)
     times = _times(float(np.minimum(expected, most).max()), first[:, 0])
     steps = np.minimum(times, expected)
-    events = np.where(steps >= first, 1 + np.floor((steps - first) / self.span), 0)
+    events = np.where(steps >= first, 1 + np.floor((steps - first) / rules.span), 0)
     # the first event leaves the recent window, later ones take one span each; what they age does not wait
-    freed_first = np.floor((dense + due - self.recent_tokens) / self.page_size) * self.page_size
-    freed = np.where(events > 0, freed_first.clip(0, self.max_sparse_span) + (events - 1) * self.span, 0)
+    freed_first = np.floor((dense + due - rules.recent_tokens) / rules.page_size) * rules.page_size
+    freed = np.where(events > 0, freed_first.clip(0, rules.max_sparse_span) + (events - 1) * rules.span, 0)
     gone = aged + freed
-    expected_kept = np.maximum(kept.tokens(gone), np.minimum(gone, self.min_kept_tokens))
-    survivors = np.maximum(condensed, np.minimum(expected_kept, self.max_condensed_tokens))
+    expected_kept = np.maximum(kept.tokens(gone), np.minimum(gone, rules.min_kept_tokens))
+    survivors = np.maximum(condensed, np.minimum(expected_kept, rules.max_condensed_tokens))
     # with the slot of the step to come: requests of one length open their pages in the same step
-    usage = prompt + _ceil(self, dense + steps - freed + 1) + _ceil(self, np.where(events > 0, survivors, condensed))
+    usage = prompt + _ceil(rules, dense + steps - freed + 1) + _ceil(rules, np.where(events > 0, survivors, condensed))
     peak = float(np.where(times <= most, usage, 0).sum(0).max())
     return ceil(peak * (1 + FORECAST_ERROR) - held.sum())
 
@@ -62,22 +58,24 @@ def _queued(first: NDArray[Any], events_per_step: int) -> NDArray[Any]:
     return queued
 
 
-def _ceil(self: UsageForecast, tokens: NDArray[Any]) -> NDArray[Any]:
-    return np.ceil(tokens / self.page_size) * self.page_size
+def _ceil(rules: Rules, tokens: NDArray[Any]) -> NDArray[Any]:
+    return np.ceil(tokens / rules.page_size) * rules.page_size
 
 
 def need(self: Admission, running: Sequence[Any], admitted: Sequence[Any], req: Any) -> int:
     """Pool tokens that must be free for `req` to start beside the others."""
     outlooks = [running_outlook(self, r) for r in running] + [new_outlook(self, r) for r in [*admitted, req]]
     events_per_step = self.planner.schedule.event_budget(len(outlooks))
-    views = [(self.states[r], compat.committed_len(r)) for r in [*running, *admitted, req] if r in self.states]
-    reserve = self.relief.copy_pages(views) * self.layout.page_size
+    views = [
+        (self.roster.states[r], compat.committed_len(r)) for r in [*running, *admitted, req] if r in self.roster.states
+    ]
+    reserve = relief_definition.copy_pages(self.relief, views) * self.layout.page_size
     return peak_growth(self.forecast, outlooks, self.planner.kept, events_per_step) + reserve
 
 
 def running_outlook(self: Admission, req: Any) -> Outlook:
     """Outlook of a request that decodes."""
-    state = self.states.get(req)
+    state = self.roster.states.get(req)
     seq_len = compat.committed_len(req)
     if state is None:
         return _fresh_outlook(self, req, seq_len, prompt=0, held=max(0, seq_len - _prefix_end(self, req)))

@@ -6,11 +6,8 @@ since 0.5.19 they are fields of `kv`, which is always there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
-
-import numpy as np
-from numpy.typing import NDArray
 
 from hardkv_sglang.engine.request import KVInfo, KVRecord, Request
 
@@ -76,12 +73,12 @@ def remaining_tokens(req: Request) -> int:
     return max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
 
 
-def output_bounds(reqs: Sequence[Request]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """`remaining_tokens` of many requests, and whether each will generate exactly as many; [N]."""
-    sampling = [req.sampling_params for req in reqs]
-    most = np.fromiter([params.max_new_tokens for params in sampling], np.int64, len(reqs))
-    done = np.fromiter([len(req.output_ids) for req in reqs], np.int64, len(reqs))
-    return (most - done).clip(min=0), np.fromiter([params.ignore_eos for params in sampling], np.bool_, len(reqs))
+def last_len(req: Request) -> int:
+    """`committed_len` after the last decode step of a request that has been prefilled and generates all it may.
+
+    The prefill gives the first token; the KV of the last token is never written.
+    """
+    return len(req.origin_input_ids) + max(req.sampling_params.max_new_tokens - 1, 0)
 
 
 def custom_params(req: Request) -> object:
