@@ -17,17 +17,8 @@ from hardkv_sglang.lifecycle.forecast import OutlookStack, UsageForecast
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.lifecycle.relief import PressureRelief
 from hardkv_sglang.lifecycle.request_state import RequestState
-from hardkv_sglang.lifecycle.schedule import COUNT_DELAY, NEVER, NOW
-from hardkv_sglang.lifecycle.usage_peak import (
-    AGED,
-    CONDENSED,
-    DENSE,
-    EXPECTED_STEPS,
-    FIRST_CONDENSE,
-    HELD,
-    MOST_STEPS,
-    Outlook,
-)
+from hardkv_sglang.lifecycle.tiers import running_outlooks
+from hardkv_sglang.lifecycle.usage_peak import Outlook
 
 
 class Admission:
@@ -55,21 +46,19 @@ class Admission:
         What relief looks ahead over beyond that is not set aside: it then runs some events early, which costs less than
         the requests that would have to wait.
         """
-        rows, page = self.roster.rows(running), self.layout.page_size
-        of, lens = self.planner.table.take(rows), np.fromiter(compat.committed_lens(running), np.int64, len(running))
-        outlooks = np.zeros((len(running), len(Outlook._fields)))
-        dense, condensed = lens - of.condensed_end, of.condensed_pages * page
-        outlooks[:, HELD] = np.maximum(-(-dense // page) * page, 0) + condensed
-        outlooks[:, DENSE] = dense
-        outlooks[:, CONDENSED] = condensed
-        outlooks[:, AGED] = of.condensed_end - of.prefix_end
-        outlooks[:, FIRST_CONDENSE] = of.next_condense - lens
-        outlooks[of.next_condense == NOW, FIRST_CONDENSE] = COUNT_DELAY
-        outlooks[of.next_condense == NEVER, FIRST_CONDENSE] = math.inf
-        outlooks[:, MOST_STEPS] = most = np.maximum(self.roster.last_len[rows] - lens, 0)
-        mean = np.where(self.roster.is_exact[rows], math.inf, self.output_length.mean)
-        outlooks[:, EXPECTED_STEPS] = np.minimum(most, mean)
-        return outlooks, self.relief.largest_copy(of, lens) * page
+        rows = self.roster.rows(running)
+        lens = np.fromiter(compat.committed_lens(running), np.int64, len(running))
+        most_steps = np.maximum(self.roster.last_len[rows] - lens, 0)
+        mean_steps = np.where(self.roster.is_exact[rows], math.inf, self.output_length.mean)
+        table, page = self.planner.table.by_row, self.layout.page_size
+        outlooks = running_outlooks(table, rows, lens, most_steps, mean_steps, page)
+        return outlooks, self.relief.largest_copy(rows, lens) * page
+
+    def warm_up(self) -> None:
+        """Compile now what would otherwise be compiled while requests wait."""
+        self.running_outlooks([])
+        self.relief.warm_up()
+        self.forecast.warm_up(self.planner.kept)
 
     def new_outlook(self, req: Request) -> Outlook:
         """Outlook of a request without an event; its output is longer than nothing after a retraction."""

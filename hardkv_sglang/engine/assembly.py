@@ -54,7 +54,7 @@ def build_runtime(options: HardKVConfig, model_runner: Any) -> HardKVRuntime:
     executor = EventExecutor(memory, compat.tensor_parallel_group(), _read_priors(cfg, model_runner))
     runtime = HardKVRuntime(executor, install_backend(model_runner, cfg, tables))
     executor.warm_up()
-    runtime.admission.forecast.warm_up(runtime.planner.kept)
+    runtime.admission.warm_up()
     logger.info(
         "HARD-KV: %s, %d rows; beside the pool of %.2f GB: %s; CUDA graphs for up to %d requests, "
         "SGLang logs their memory when they are captured",

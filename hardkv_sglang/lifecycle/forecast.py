@@ -84,7 +84,7 @@ class UsageForecast:
         return ceil(peak * (1 + FORECAST_ERROR) - float(rows[:, HELD].sum()))
 
     def warm_up(self, kept: KeptShare) -> None:
-        """Compile now what would otherwise be compiled while requests wait."""
+        """Compile now what the first forecast would."""
         stack = OutlookStack(np.zeros((1, len(Outlook._fields))))
         stack.push(Outlook(*stack.rows[0]))
         self.growth(stack, kept, 1)

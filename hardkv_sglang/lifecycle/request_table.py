@@ -7,35 +7,11 @@ nothing. A row of a request that has ended keeps its last values, but for the pa
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
 from hardkv_sglang.lifecycle.request_state import RequestState
-from hardkv_sglang.lifecycle.schedule import NEVER, EventSchedule
-
-
-class Tiers(NamedTuple):
-    """Fields of `RequestState` and lengths from which something holds (`NEVER`: it does not), int64 [N] each."""
-
-    is_managed: Any  # 0 before the first decode step, and for a request that stays dense
-    prefix_end: Any
-    condensed_end: Any
-    recent_start: Any
-    condensed_pages: Any
-    survivor_pages: Any  # 0 while unknown
-    settled_from: Any  # the survivors may be used
-    next_condense: Any  # expected; `NOW` for one that only waits for its turn
-    observed_from: Any  # enough queries are recorded for a select event; `NEVER` while none are
-    due_from: Any  # an event is due
-    first_drop: Any  # end of the sparse tier, not a length
-    early_pages: Any
-
-    @property
-    def sparse_span(self) -> Any:
-        """Positions in the sparse tier, kept or not."""
-        return self.recent_start - self.condensed_end
+from hardkv_sglang.lifecycle.schedule import EventSchedule
+from hardkv_sglang.lifecycle.tiers import NEVER, Tiers
 
 
 class RequestTable:
@@ -44,16 +20,12 @@ class RequestTable:
     def __init__(self, schedule: EventSchedule, num_rows: int) -> None:
         self.schedule = schedule
         self.columns = np.zeros((len(Tiers._fields), num_rows), np.int64)
-        self._early_pages = Tiers(*self.columns).early_pages
+        self.by_row = Tiers(*self.columns)
 
     @property
     def early_pages(self) -> int:
         """Of all requests."""
-        return int(self._early_pages.sum())
-
-    def take(self, rows: NDArray[np.int64]) -> Tiers:
-        """Columns of these rows."""
-        return Tiers(*self.columns.take(rows, axis=1))
+        return int(self.by_row.early_pages.sum())
 
     def write(self, state: RequestState) -> None:
         """Enter a request under compression as it is now."""
@@ -66,7 +38,7 @@ class RequestTable:
 
     def clear(self, row: int) -> None:
         """The request has ended."""
-        self._early_pages[row] = 0
+        self.by_row.early_pages[row] = 0
 
     def tiers(self, state: RequestState) -> Tiers:
         """A request's row."""

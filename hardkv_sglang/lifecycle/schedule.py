@@ -6,11 +6,8 @@ from collections.abc import Iterable
 from math import ceil
 
 from hardkv_sglang.lifecycle.request_state import RequestState, View
+from hardkv_sglang.lifecycle.tiers import COUNT_DELAY, NEVER, NOW
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
-
-NEVER = 1 << 40
-NOW = 0
-COUNT_DELAY = 2  # steps until a select event's counts are on the host, with or without the overlap scheduler
 
 
 class EventSchedule:
@@ -26,6 +23,7 @@ class EventSchedule:
         self.query_window = options.query_window
         self.select_span = layout.page_ceil(options.select_interval)
         self.condense_span = layout.page_ceil(options.condense_interval)
+        self.max_sparse_span, self.min_kept_tokens = cfg.max_sparse_span, cfg.min_kept_tokens
 
     def due(self, views: Iterable[View]) -> list[View]:
         """Requests with an event that is due, the longest waiting first.
@@ -56,7 +54,7 @@ class EventSchedule:
         """Length at which the next select event is due: a whole interval has left the recent window, and selecting can
         drop something. `NEVER` while the sparse tier has no room for that."""
         target = self.cfg.layout.page_ceil(max(state.recent_start + self.select_span, self.first_drop(state)))
-        if target > state.condensed_end + self.cfg.max_sparse_span:
+        if target > state.condensed_end + self.max_sparse_span:
             return NEVER
         return target + self.recent_tokens
 
@@ -67,7 +65,7 @@ class EventSchedule:
     def select_target(self, state: RequestState, seq_len: int) -> int:
         """End of the sparse tier after a select event of now."""
         aged = self.cfg.layout.page_floor(seq_len - self.recent_tokens)
-        return min(aged, state.condensed_end + self.cfg.max_sparse_span)
+        return min(aged, state.condensed_end + self.max_sparse_span)
 
     def select_is_due(self, state: RequestState, seq_len: int) -> bool:
         """Whether it is time for a select event, and enough queries are recorded for one."""
@@ -88,11 +86,11 @@ class EventSchedule:
         """
         if self.cfg.options.min_freed_pages == 0:
             return 0
-        floor = self.cfg.min_kept_tokens
+        floor = self.min_kept_tokens
         outgrown = state.prefix_end + floor + 1
         if floor >= self.cfg.max_context_len:
             return outgrown
-        return min(outgrown, state.condensed_end + self.cfg.max_sparse_span - self.select_span + 1)
+        return min(outgrown, state.condensed_end + self.max_sparse_span - self.select_span + 1)
 
     def condense_is_due(self, state: RequestState, seq_len: int) -> bool:
         """Whether the sparse tier is long enough, its survivors are known, and condensing does more than copy."""
@@ -119,7 +117,7 @@ class EventSchedule:
 
     def _is_worth_a_copy(self, state: RequestState) -> bool:
         """A full sparse tier is condensed even if nothing is gained: only that makes room for later events."""
-        is_full = state.sparse_span + self.select_span > self.cfg.max_sparse_span  # no room for another interval
+        is_full = state.sparse_span + self.select_span > self.max_sparse_span  # no room for another interval
         return is_full or self.condense_gain(state) >= self.cfg.options.min_freed_pages
 
     def next_condense(self, state: RequestState) -> int:

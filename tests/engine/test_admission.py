@@ -15,7 +15,8 @@ from lifecycle.page_pool import PAGE
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.lifecycle.expectation import PRIOR_SHARE, KeptShare, OutputLength
 from hardkv_sglang.lifecycle.forecast import OutlookStack
-from hardkv_sglang.lifecycle.usage_peak import Outlook
+from hardkv_sglang.lifecycle.tiers import largest_copy, running_outlooks, stages_and_gains
+from hardkv_sglang.lifecycle.usage_peak import Outlook, insert_last, usage_peak
 
 DEFAULTS = HardKVConfig(select_interval=512)
 POOL_PAGES = 188  # 6016 tokens
@@ -196,3 +197,17 @@ def test_pool_smaller_than_one_page_per_request() -> None:
     assert serving.min_free >= 0
     assert all(r.num_decoded >= 100 for r in requests)
     assert sum(r.num_prompt + r.num_output for r in requests) > PAGE * 12
+
+
+def test_nothing_is_compiled_once_a_server_is_warm() -> None:
+    """Neither for the first candidate nor when the pool first runs low: one type of every argument, that of warm-up."""
+    Serving(DEFAULTS, POOL_PAGES, [], keep_all).admission.warm_up()
+    compiled = (usage_peak, insert_last, running_outlooks, largest_copy, stages_and_gains)
+    warm = [function.signatures for function in compiled]  # type: ignore[attr-defined]
+    requests = same_requests(12, 1000)
+    serving = Serving(DEFAULTS, POOL_PAGES, requests[9:], keep_share(0.15))
+    serving.force(requests[:9])
+    serving.run()
+    assert serving.statistics.early_events > 0
+    assert [function.signatures for function in compiled] == warm  # type: ignore[attr-defined]
+    assert all(len(signatures) == 1 for signatures in warm)

@@ -17,7 +17,8 @@ from hardkv_sglang.engine.overrides import is_opted_out
 from hardkv_sglang.lifecycle.expectation import KeptShare
 from hardkv_sglang.lifecycle.forecast import EVENTS_PER_CYCLE, FORECAST_ERROR, UsageForecast
 from hardkv_sglang.lifecycle.request_state import RequestState
-from hardkv_sglang.lifecycle.schedule import COUNT_DELAY, EventSchedule
+from hardkv_sglang.lifecycle.schedule import EventSchedule
+from hardkv_sglang.lifecycle.tiers import COUNT_DELAY
 from hardkv_sglang.lifecycle.usage_peak import EVENT_POINTS, FORECAST_POINTS, Outlook, Rules
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hardkv_sglang.lifecycle.relief import WORTHWHILE_PAGES, PressureRelief, Stage
+from hardkv_sglang.lifecycle.relief import PressureRelief
 from hardkv_sglang.lifecycle.request_state import RequestState, View
 from hardkv_sglang.lifecycle.schedule import EventSchedule
 from hardkv_sglang.lifecycle.step_plan import NO_EARLY_EVENTS, EarlyEvents
+from hardkv_sglang.lifecycle.tiers import WORTHWHILE_PAGES, Stage
 
 
 def reserve(self: PressureRelief, views: Sequence[View], seq_lens: Sequence[int]) -> int:

@@ -14,8 +14,8 @@ from lifecycle.page_pool import OPTIONS, PAGE, PagePool, make_planner, start
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.lifecycle.request_state import RequestState
-from hardkv_sglang.lifecycle.schedule import COUNT_DELAY
 from hardkv_sglang.lifecycle.step_plan import EarlyEvents, ObserveOp
+from hardkv_sglang.lifecycle.tiers import COUNT_DELAY
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
 
 

@@ -12,9 +12,10 @@ from engine.simulated_serving import Request, Serving
 from lifecycle import relief_definition as definition
 
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.lifecycle.relief import PressureRelief, Stage
+from hardkv_sglang.lifecycle.relief import PressureRelief
 from hardkv_sglang.lifecycle.request_state import View
 from hardkv_sglang.lifecycle.step_plan import EarlyEvents
+from hardkv_sglang.lifecycle.tiers import Stage
 
 SHORT = HardKVConfig(recent_tokens=32, query_window=16, select_interval=64, condense_interval=64, min_tokens=8)
 
@@ -31,14 +32,14 @@ class Compared:
         monkeypatch.setattr(serving.relief, "is_rescue", self.is_rescue)
 
     def choose(self, views: Sequence[View], seq_lens: Sequence[int], available_pages: int) -> EarlyEvents:
-        relief, table = self.serving.relief, self.serving.planner.table
-        of = table.take(np.array([state.row for state, _ in views], np.int64))
+        relief = self.serving.relief
+        rows = np.array([state.row for state, _ in views], np.int64)
         lens = np.array([seq_len for _, seq_len in views], np.int64)
-        stages, gains = relief.stages(of, lens), relief.gains(of, lens)
+        stages, gains = relief.rank(rows, lens)
         for i, view in enumerate(views):
             assert (stages[i], gains[i]) == (definition.stage_of(relief, *view), definition.gain_of(relief, *view))
         self.stages.update(map(Stage, stages.tolist()))
-        assert relief.reserve(of, lens, np.array(seq_lens, np.int64)) == definition.reserve(relief, views, seq_lens)
+        assert relief.reserve(rows, lens, np.array(seq_lens, np.int64)) == definition.reserve(relief, views, seq_lens)
         chosen = self.stock_choose(relief, views, seq_lens, available_pages)
         assert chosen == definition.choose(relief, views, seq_lens, available_pages)
         self.early_events += len(chosen.events)

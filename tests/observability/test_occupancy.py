@@ -6,7 +6,7 @@ import pytest
 from lifecycle.page_pool import PAGE, PagePool, make_planner, start
 
 from hardkv_sglang.lifecycle.request_state import RequestState
-from hardkv_sglang.lifecycle.schedule import COUNT_DELAY
+from hardkv_sglang.lifecycle.tiers import COUNT_DELAY
 from hardkv_sglang.observability.occupancy import Occupancy
 
 
