@@ -58,18 +58,17 @@ class HardKVRuntime:
     def plan_decode(self, batch: Any) -> None:
         """Plan this step's events and move pages, before SGLang allocates the step's slots."""
         allocator = self._allocator(batch.tree_cache)
-        views = []
-        for req in batch.reqs:
+        views, seq_lens = [], compat.committed_lens(batch.reqs)
+        for req, seq_len in zip(batch.reqs, seq_lens, strict=True):
             state = self.states.get(req)
             if state is None:
                 if is_opted_out(compat.custom_params(req)):
                     continue
                 state = self._admit(req)
             if not req.finished():
-                state.seq_len = compat.committed_len(req)
-                views.append((state, state.seq_len))
+                state.seq_len = seq_len
+                views.append((state, seq_len))
         self.idle_check_due = True
-        seq_lens = [compat.committed_len(req) for req in batch.reqs]
         available = allocator.available_pages()
         self.statistics.count_rescue(self.relief.is_rescue(seq_lens, available))
         with self.statistics.event_time():
