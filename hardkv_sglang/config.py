@@ -46,7 +46,7 @@ class HardKVConfig:
         "output", "name", "importance metric of the hardkv policy", choices=("attention", "output", "snapkv", "rkv")
     )
     top_p: float = option(
-        0.995, "probability",
+        0.98, "probability",
         "share that is kept: of attention mass, prefix and recent window included; with the output metric, of the "
         "squared change that dropping makes",
         low=0.01, high=1.0,
@@ -57,12 +57,12 @@ class HardKVConfig:
         low=0.001, high=1.0, optional=True,
     )  # fmt: skip
     prior_weight: float = option(
-        0.0, "fraction",
+        0.1, "fraction",
         "output metric: part of a KV head's energy that is expected on tokens whatever attention they got so far",
         low=0.0, high=1.0,
     )  # fmt: skip
     remembered_weight: float = option(
-        0.0, "fraction",
+        0.7, "fraction",
         "output metric: weight of what earlier select events measured, tokens of the recent window included; takes two "
         "bytes per token and KV head",
         low=0.0, high=0.99,
@@ -85,11 +85,11 @@ class HardKVConfig:
         4096, "tokens per KV head", "cap of the kept tokens; null lifts it",
         low=32, high=1 << 20, optional=True,
     )  # fmt: skip
-    recent_tokens: int = option(128, "tokens", "newest tokens that are always attended", low=32, high=65536)
+    recent_tokens: int = option(256, "tokens", "newest tokens that are always attended", low=32, high=65536)
     query_window: int = option(64, "decode steps", "observation queries of a select event", low=1, high=256)
-    select_interval: int = option(512, "tokens", "decode tokens between two select events", low=8, high=65536)
+    select_interval: int = option(256, "tokens", "decode tokens between two select events", low=8, high=65536)
     condense_interval: int = option(
-        512, "tokens", "sparse tokens of a request that trigger a condense event", low=32, high=65536
+        256, "tokens", "sparse tokens of a request that trigger a condense event", low=32, high=65536
     )
     max_events_per_step: int = option(
         4, "requests", "requests that may have an event in one decode step", low=1, high=4096

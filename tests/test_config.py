@@ -149,6 +149,6 @@ def test_table_bounds() -> None:
     layout = PoolLayout(num_layers=2, num_kv_heads=2, head_dim=64, page_size=32, num_slots=320)
     capped = ResolvedConfig(HardKVConfig(max_tokens=1000), layout, 6, 0.125, 4, 8192)
     assert (capped.max_condensed_tokens, capped.max_condensed_pages, capped.group_size) == (1024, 32, 3)
-    assert capped.max_sparse_span == 512 + 2 * 512
+    assert capped.max_sparse_span == 256 + 2 * 256
     lifted = ResolvedConfig(HardKVConfig(max_tokens=None), layout, 6, 0.125, 4, 8190)
     assert lifted.max_condensed_tokens == 8192

@@ -11,6 +11,11 @@ from typing import Any
 from hardkv_sglang.config import HardKVConfig
 
 ABLATION_DOCUMENTS = 3
+SCHEDULE: dict[str, Any] = {
+    "recent_tokens": 128, "select_interval": 512, "condense_interval": 512, "prior_weight": 0.0,
+    "remembered_weight": 0.0,
+}  # fmt: skip
+"""What points of the sweep do not say: long intervals, and nothing but what was observed last. Not the defaults."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Configuration:
     @property
     def config(self) -> HardKVConfig:
         """The options as the server would read them."""
-        return HardKVConfig(**self.options)
+        return HardKVConfig(**{**SCHEDULE, **self.options})
 
 
 def sweep(
@@ -53,7 +58,7 @@ def with_needles(configurations: list[Configuration], *names: str) -> list[Confi
 
 
 def core() -> list[Configuration]:
-    """HARD-KV as shipped, and the methods with the same number of tokens for every head."""
+    """HARD-KV by what was observed last, and the methods with the same number of tokens for every head."""
     return [
         *sweep("hardkv", "top_p", (0.995, 0.98, 0.999)),
         *sweep("snapkv", "uniform_tokens", (128, 256), policy="snapkv"),
@@ -72,7 +77,7 @@ def extremes() -> list[Configuration]:
 
 
 def parts() -> list[Configuration]:
-    """What each part of the shipped rule is worth: one changed at a time, swept, so that bytes can be made equal."""
+    """What each part of that rule is worth: one changed at a time, swept, so that bytes can be made equal."""
     few = ABLATION_DOCUMENTS
     return [
         *sweep("attention, per head", "top_p", (0.95, 0.98), documents=few, metric="attention", budget="per_head"),

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.fidelity.frontier_points import Point, kept, streaming, top_p, uniform
+from bench.fidelity.frontier_points import Point, defaults, kept, observed_only, streaming, top_p, uniform
 from hardkv_sglang.cli.main import main as hardkv
 from hardkv_sglang.cli.server_process import ServerError, ServerProcess
 
@@ -56,7 +56,8 @@ def server_points() -> list[ServerPoint]:
     return [
         ServerPoint.of(kept(256, 0.1)),
         ServerPoint.of(top_p(256, 0.98)),
-        ServerPoint.of(Point("defaults", "hardkv defaults", {"max_tokens": None})),
+        ServerPoint.of(defaults()),
+        ServerPoint.of(observed_only()),
         ServerPoint.of(streaming(512)),
         ServerPoint.of(uniform("rkv", 256, 256)),
         ServerPoint.of(top_p(256, 0.95)),

@@ -8,6 +8,7 @@ from typing import Any
 from hardkv_sglang.config import HardKVConfig
 
 RULE: dict[str, Any] = {"prior_weight": 0.1, "remembered_weight": 0.7}
+OBSERVED_ONLY: dict[str, Any] = {"prior_weight": 0.0, "remembered_weight": 0.0}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,17 @@ def uniform(policy: str, tokens: int, recent: int) -> Point:
     return Point(policy, f"{policy} {tokens} {recent}/128", options)
 
 
+def defaults() -> Point:
+    """What a server does by itself, without a cap."""
+    return Point("defaults", "hardkv defaults", {"max_tokens": None})
+
+
+def observed_only() -> Point:
+    """What was observed last, and nothing else, at long intervals: the defaults of earlier versions."""
+    options = {"top_p": 0.995, **schedule(128, 512), **OBSERVED_ONLY}
+    return Point("observed only", "hardkv 128/512 top_p 0.995, observed only", options)
+
+
 def first() -> list[Point]:
     """What a short run has: the rule and the defaults, each rival at about the same bytes, from an eighth on."""
     return [
@@ -62,19 +74,20 @@ def first() -> list[Point]:
         streaming(512),
         uniform("rkv", 256, 256),
         uniform("snapkv", 256, 256),
-        Point("defaults", "hardkv defaults", {"max_tokens": None}),
+        defaults(),
+        observed_only(),
         top_p(256, 0.98),
         kept(256, 0.1, 256, name="interval 256"),
         streaming(256),
         kept(128, 0.05),
         uniform("rkv", 64, 128),
-        kept(256, 0.1, name="neither", prior_weight=0.0, remembered_weight=0.0),
+        kept(256, 0.1, name="neither", **OBSERVED_ONLY),
         kept(512, 0.05),
         streaming(1024),
         uniform("rkv", 256, 512),
         top_p(256, 0.95),
         uniform("snapkv", 64, 128),
-        *(top_p(recent, p, 256) for recent in (256, 128) for p in (0.98, 0.99)),
+        *(top_p(*point, 256) for point in ((256, 0.99), (128, 0.98), (128, 0.99))),
     ]
 
 
@@ -89,7 +102,7 @@ def rivals() -> list[Point]:
     return [
         streaming(768),
         *(uniform(*point) for point in (("snapkv", 256, 512), ("rkv", 512, 256), ("rkv", 128, 512))),
-        Point("hardkv, top_p alone", "hardkv 512/128 top_p 0.98", {"top_p": 0.98, **schedule(512)}),
+        Point("hardkv, top_p alone", "hardkv 512/128 top_p 0.98", {"top_p": 0.98, **schedule(512), **OBSERVED_ONLY}),
     ]
 
 

@@ -21,7 +21,8 @@ HELD_OUT = re.compile(r"licence|handbook|cpp|generated_(interview|lessons|glossa
 AT = (0.25, 0.35)
 """Held shares at which families are compared."""
 DRAWN = (
-    "hardkv, remembered and prior", "hardkv, remembered and prior, top_p", "defaults", "streaming", "rkv", "snapkv",
+    "hardkv, remembered and prior", "hardkv, remembered and prior, top_p", "defaults", "observed only", "streaming",
+    "rkv", "snapkv",
 )  # fmt: skip
 FIELDS = ("texts", "held", "held_end", "kl", "kl_error", "kl_held_out", "agreement", "seconds")
 

@@ -451,7 +451,7 @@ def test_shared_budget_is_the_smallest_set_of_all_lists(metric, data, top_p):
         if allowed < 0:
             break
         keep[b].discard(j)
-    kept = as_sets(select(candidates, metric=metric, budget="shared", top_p=top_p, **FREE).keep)
+    kept = as_sets(select(candidates, metric=metric, budget="shared", top_p=top_p, prior_weight=0.0, **FREE).keep)
     # two candidates are equally far from their mean, weight against weight: rounding may swap what is equal
     ours, theirs = (
         sorted(weights[b][j] for b, (one, other) in enumerate(pair) for j in one - other)
