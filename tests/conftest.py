@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     together.
     """
     for item in items:
-        if "server_pool" in getattr(item, "fixturenames", ()):
+        if "server_pool" in getattr(item, "fixturenames", ()) or item.path.parent.name == "e2e":
             item.add_marker("e2e")
         elsewhere = "cpu" if torch.cuda.is_available() else "gpu"
         if item.get_closest_marker(elsewhere):

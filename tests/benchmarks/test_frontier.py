@@ -72,6 +72,7 @@ def test_rounding_errors_are_those_of_the_format(name: str, error: float) -> Non
     assert torch.equal(QUANTISATIONS["fp8_e4m3"].round(rounded) if name == "fp8_e4m3" else rounded, rounded)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_reports(demo_model: Path, tmp_path: Path) -> None:
     words = [(31 * i * i + 17 * i) % 20000 + 500 for i in range(97)]
     tokens = torch.tensor((words * 10)[: 33 + NOT_SCORED + 60])

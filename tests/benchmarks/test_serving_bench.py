@@ -114,6 +114,7 @@ def test_long_workloads_overflow_the_pool() -> None:
                 assert max(workload.concurrency) * (data.prompt_len + data.output_len) >= 1.9 * preset.pool_tokens
 
 
+@pytest.mark.slow
 def test_the_client_knows_every_argument() -> None:
     # SGLang's parser, in a process of its own because it imports all of SGLang
     words = [w for preset in (CPU, GPU) for load in preset.workloads for w in load.arguments(load.concurrency[0])]

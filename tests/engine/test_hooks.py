@@ -131,6 +131,7 @@ assert reviewed_sources.unreviewed([target], release) == [target]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [WITHOUT_AND_WITH_THE_FLAG, OTHER_PLUGINS, CHANGED_SOURCES],

@@ -346,6 +346,7 @@ HOSTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_platform_that_sglang_chooses(tmp_path: Path, host: str) -> None:
     setup, environment, expected = HOSTS[host]
@@ -360,6 +361,7 @@ def test_platform_that_sglang_chooses(tmp_path: Path, host: str) -> None:
     assert f"chosen: {expected}\n" in run(script, environment, tmp_path)
 
 
+@pytest.mark.slow
 def test_without_the_flag_only_the_list_of_flags_changes(tmp_path: Path) -> None:
     install_plugin(tmp_path)
     changes = run((ROOT / "tests/engine/changed_by_plugin.py").read_text(), {}, tmp_path).splitlines()

@@ -202,6 +202,7 @@ print("ok", len(stock))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["tree", "none"])
 def test_preemption_by_footprint(cache: str) -> None:
     done = subprocess.run(

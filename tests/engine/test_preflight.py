@@ -76,6 +76,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Finding]]:
     return {name: [Finding(**finding) for finding in findings] for name, findings in answer.items()}
 
 
+@pytest.mark.slow
 def test_a_start_that_works(found: dict[str, list[Finding]]) -> None:
     findings = {finding.subject: finding for finding in found["plain"]}
     assert {finding.status for finding in findings.values()} == {OK}
@@ -85,6 +86,7 @@ def test_a_start_that_works(found: dict[str, list[Finding]]) -> None:
     assert "for 256 requests" in findings["memory"].text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "subject", "text", "remedy"),
     [
@@ -109,6 +111,7 @@ def test_what_is_refused(found: dict[str, list[Finding]], case: str, subject: st
     assert not would_start(found[case])
 
 
+@pytest.mark.slow
 def test_every_refused_flag_is_named(found: dict[str, list[Finding]]) -> None:
     texts = [finding.text for finding in found["two flags"] if finding.status == REFUSED]
     assert len(texts) == 2
@@ -116,6 +119,7 @@ def test_every_refused_flag_is_named(found: dict[str, list[Finding]]) -> None:
     assert texts[1].startswith("--enable-mixed-chunk")
 
 
+@pytest.mark.slow
 def test_dense_serving_is_no_refusal(found: dict[str, list[Finding]]) -> None:
     assert [finding.status for finding in found["dense"]] == [WARN]
 

@@ -9,7 +9,7 @@ from hardkv_sglang.kernels import EMPTY_LSE2, reference
 from hardkv_sglang.kernels.cpu_attend import attend
 from hardkv_sglang.kernels.cpu_rows import RequestLists, join_dense, join_lists
 
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 5e-6}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 # (prefix_end, recent_start, seq_len) of rows 1 to 4; the first has seen no event and has no lists
 TIERS = [(0, 0, 70), (32, 96, 97), (0, 64, 200), (64, 500, 533)]
 LISTS = [[0, 0], [0, 1], [31, 33], [700, 5]]
