@@ -1,13 +1,15 @@
-# make demo | check | test | lint | fuzz | soak | fidelity | serving | clean. Everything is installed into .venv; nothing else on the machine is touched.
+# make demo | check | test | test-oldest | compat | lint | fuzz | soak | fidelity | serving | clean. Everything is installed into .venv, another SGLang into .venv-RELEASE; nothing else on the machine is touched.
 
 PYTHON ?= python3.11
+# the release that all figures are of; another goes into an environment of its own: make compat SGLANG=0.5.23
+SGLANG := 0.5.17
 VENV := .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install)
 
-.PHONY: demo check test lint fuzz soak fidelity serving clean
+.PHONY: demo check test test-oldest compat compat-tests lint fuzz soak fidelity serving clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -17,6 +19,17 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder -m 'not alone' $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || test $$? -eq 5
+
+# what touches SGLang, and servers that compress: exact below the first event, cache, retraction, strict checks
+COMPAT_TESTS := tests/engine tests/cli/test_doctor.py tests/e2e/test_exactness.py tests/e2e/test_radix.py tests/e2e/test_retracted_twins.py tests/e2e/test_startup.py
+compat:
+	$(MAKE) compat-tests VENV=.venv-$(SGLANG) SGLANG=$(SGLANG)
+
+test-oldest:
+	$(MAKE) compat-tests VENV=.venv-0.5.17 SGLANG=0.5.17
+
+compat-tests: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(COMPAT_TESTS) $(PYTEST_ARGS)
 
 # what a change has to pass before it is shown to others: minutes, no server; `make test` has the rest
 check: lint
@@ -45,12 +58,12 @@ serving: $(VENV)/.installed-test
 	$(BIN)/python -m bench.serving $(SERVING_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # a stamp is as new as its pyproject.toml, so that a second run installs nothing
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
-	@echo "installing hardkv-sglang[$*] and SGLang into $(VENV) (first time: some gigabytes)"
-	$(INSTALL) --editable '.[$*]'
+	@echo "installing hardkv-sglang[$*] and SGLang $(SGLANG) into $(VENV) (first time: some gigabytes)"
+	$(INSTALL) --editable '.[$*]' 'sglang==$(SGLANG)'
 	@touch $@
 
 $(BIN)/python:

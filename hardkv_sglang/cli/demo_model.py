@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from hardkv_sglang.cli.demo_weights import BY_HAND, REQUIREMENT, WeightsError, fetch_weights, installed_weights
 
@@ -96,6 +97,14 @@ def _convert_atomically(source: Path, target: Path) -> None:
             file.replace(target / file.name)
 
 
+def _dense_weights() -> dict[str, Any]:
+    """What asks transformers for dense weights, which since 5.19 keeps those of a GGUF file packed."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 def _convert(source: Path, target: Path) -> None:
     _report("importing transformers")
     try:
@@ -108,7 +117,12 @@ def _convert(source: Path, target: Path) -> None:
 
     _report("reading the weights")
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32, **_dense_weights()
+    )
+    if getattr(model, "hf_quantizer", None) is not None:
+        # transformers refuses to write a model that it has read from GGUF, though its weights are dense
+        del model.hf_quantizer, model.config.quantization_config
     if not tokenizer.chat_template:
         raise DemoModelError(f"{source} has no chat template; reinstall it: {BY_HAND} --force-reinstall")
     # transformers 5.12 gives the tokenizer the wrong end token; the model's config has the one of the file

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.refusals.models import refused_architecture
 from hardkv_sglang.engine.refusals.server_flags import refused_server_flags
 from hardkv_sglang.selection.priors import Priors
@@ -86,6 +87,7 @@ def attached_options(server_args: Any) -> HardKVConfig | None:
 
 def refuse_unsupported(server_args: Any) -> None:
     """Raise `ValueError` listing every server flag and kind of model that compression cannot work with."""
-    problems = [*refused_server_flags(server_args), *refused_architecture(server_args.get_model_config())]
+    flags, model_config = compat.resolved_flags(server_args), compat.model_config_of(server_args)
+    problems = [*refused_server_flags(flags), *refused_architecture(model_config)]
     if problems:
         raise ValueError("--kv-compression hardkv refuses to start:\n  " + "\n  ".join(problems))

@@ -44,9 +44,10 @@ def after_init_attention_backends(hardkv: Attachment, _result: None, model_runne
 
 def before_add_request_to_queue(hardkv: Attachment, _scheduler: Any, req: Request, *_args: Any, **_kwargs: Any) -> None:
     """_add_request_to_queue(self, req, is_retracted): SGLang has checked every field and refuses nothing after this."""
+    hardkv.runtime.preemption.note_queued(req)
     if compat.is_ending(req):
         return
-    problem = override_error(compat.custom_params(req))
+    problem = override_error(compat.custom_params(req)) or compat.refused_sampling(req)
     if problem is not None:
         req.set_finish_with_abort(problem)
 
@@ -72,15 +73,15 @@ def after_process_batch_result(hardkv: Attachment, _returned: None, _scheduler: 
 
 
 def before_release_kv_cache(hardkv: Attachment, req: Request, tree_cache: Any, *_args: Any, **_kwargs: Any) -> None:
-    """release_kv_cache(req, tree_cache, is_insert): finish, abort and retraction all end here."""
+    """release_kv_cache(req, tree_cache, is_insert or checkpoint): finish, abort and retraction all end here."""
     hardkv.runtime.release(req, tree_cache)
 
 
 def around_maybe_cache_unfinished_req(
     hardkv: Attachment, original: Callable[..., Any], req: Request, tree_cache: Any, **kwargs: Any
 ) -> None:
-    """maybe_cache_unfinished_req(req, tree_cache): a retracted request re-prefills its own output; the tree must
-    not own that part, or it could never be compressed again."""
+    """maybe_cache_unfinished_req(req, tree_cache), since 0.5.22 checkpoint_kv_cache: a retracted request re-prefills
+    its own output; the tree must not own that part, or it could never be compressed again."""
     if is_opted_out(compat.custom_params(req)):
         original(req, tree_cache, **kwargs)
     else:
@@ -114,15 +115,15 @@ def around_add_chunked_req(hardkv: Attachment, original: Callable[..., Any], add
 
 
 def around_preempt_to_schedule(
-    hardkv: Attachment, original: Callable[..., bool], adder: Any, req: Request, server_args: Any
+    hardkv: Attachment, original: Callable[..., bool], adder: Any, req: Request, *args: Any
 ) -> bool:
-    """preempt_to_schedule(self, req, server_args): the batch is full; True if others were preempted for `req`, which
+    """preempt_to_schedule(self, req, ...): the batch is full; True if others were preempted for `req`, which
     add_one_req is asked to admit next. Nobody calls them back if it does not."""
-    candidates = compat.preemptible(original, adder, req, server_args)
+    candidates = compat.preemptible(original, adder, req, *args)
     victims = hardkv.runtime.preemption.choose(adder, req, candidates)
     if not victims:
         return False
-    compat.preempt(original, adder, req, server_args, victims)
+    compat.preempt(original, adder, req, *args, victims=victims)
     adder.hardkv_pass = None
     hardkv.runtime.preemption.grant(req, adder.preempt_list[-len(victims) :])
     return True
@@ -132,7 +133,7 @@ def after_get_new_batch_prefill_raw(
     hardkv: Attachment, plan: tuple[Any, Any], scheduler: Any, *_args: Any, **_kwargs: Any
 ) -> None:
     """_get_new_batch_prefill_raw(self, prefill_delayer_single_pass, running_batch): one pass over the waiting queue.
-    A pass that admits nobody forgets whom it preempted."""
+    Up to 0.5.21 a pass that admits nobody forgets whom it preempted."""
     preempted = hardkv.runtime.preemption.end_pass()
     if plan[0] is None:
         for req in preempted:
@@ -216,6 +217,7 @@ RUNTIME_HOOKS = (
     Hook(
         "sglang.srt.mem_cache.common.maybe_cache_unfinished_req",
         HookType.AROUND, around_maybe_cache_unfinished_req, "retracted requests stay compressible",
+        later_name="sglang.srt.mem_cache.common.checkpoint_kv_cache",
     ),
     Hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder.__init__",

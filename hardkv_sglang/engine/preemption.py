@@ -62,7 +62,11 @@ class Preemption:
         """Whether others were preempted for `req` in this pass: it was found to fit, and they cannot be called back."""
         return req is self._granted
 
+    def note_queued(self, req: Request) -> None:
+        """Note that SGLang has queued a request: nobody has to do it again."""
+        self._preempted = [preempted for preempted in self._preempted if preempted is not req]
+
     def end_pass(self) -> list[Request]:
-        """Forget the pass over the waiting queue; returns whom it preempted."""
+        """Forget the pass over the waiting queue; returns whom it preempted and SGLang has not queued."""
         preempted, self._preempted, self._granted = self._preempted, [], None
         return preempted

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,13 +25,21 @@ class KVRecord(Protocol):
     cache_protected_len: int
 
 
-class TreeNode(Protocol):
-    """SGLang's radix `TreeNode`; the root has no parent."""
+class PrefillBySlots(Protocol):
+    """Fields of `Req` up to 0.5.21; see `compat/prefill.py`."""
 
-    id: int
-    key: Sized
-    lock_ref: int  # requests whose path it is on
-    parent: TreeNode | None
+    prefix_indices: torch.Tensor  # slots of the leading tokens that need no prefill
+    extend_range: tuple[int, int]  # positions of the prefill that runs; not read outside of one
+
+    def set_extend_range(self, start: int, end: int) -> None:
+        """Move the range of the prefill."""
+
+
+class PrefillByLength(Protocol):
+    """Fields of `Req` since 0.5.22."""
+
+    prefix_len: int  # leading tokens that need no prefill
+    extend_end: int  # where the prefill that runs ends; not read outside of one
 
 
 class Sampling(Protocol):
@@ -50,9 +58,7 @@ class Request(Protocol):
     origin_input_ids: Sequence[int]
     output_ids: Sequence[int]
     full_untruncated_fill_ids: Sequence[int]  # prompt and output, since the last `init_next_round_input`
-    prefix_indices: torch.Tensor  # slots of the leading tokens that need no prefill
-    last_node: TreeNode | None
-    extend_range: tuple[int, int]  # positions of the prefill that runs; not read outside of one
+    last_node: Any  # deepest node of the radix tree on its path: a node, or since 0.5.19 the id of one
     retracted_stain: bool
     kv: KVInfo | None
     to_finish: object  # why the request is to end; None while it goes on
@@ -62,9 +68,6 @@ class Request(Protocol):
 
     def init_next_round_input(self, tree_cache: Any) -> None:
         """Look up what is cached of the request, before it is admitted."""
-
-    def set_extend_range(self, start: int, end: int) -> None:
-        """Move the range of the prefill."""
 
     def set_finish_with_abort(self, error_msg: str) -> None:
         """End the request with this message for its client."""

@@ -101,7 +101,7 @@ class HardKVRuntime:
             self.backend.set_aged_tokens(torch.tensor([self._aged_tokens(r) for r in batch.reqs], dtype=torch.int32))
             nodes = [compat.prefix_node(req) for req in batch.reqs]
             self.backend.set_prefix_groups(
-                self.prefixes.group(nodes, lambda: [compat.prefix_path(req) for req in batch.reqs])
+                self.prefixes.group(nodes, lambda: compat.prefix_paths(batch.reqs, batch.tree_cache))
             )
         return reports
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from hardkv_sglang.cli.main import main
+from hardkv_sglang.engine.reviewed_sources import installed_release
 
 
 def test_environment_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,7 +15,7 @@ def test_environment_alone(capsys: pytest.CaptureFixture[str]) -> None:
     *lines, verdict = capsys.readouterr().out.splitlines()
     assert verdict == "a server would start"
     assert all(line.split()[0] in ("ok", "warn") for line in lines)
-    assert any("sglang: 0.5.17" in line for line in lines)
+    assert any(f"sglang: {installed_release()}" in line for line in lines)
 
 
 def test_refusal_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,24 +14,20 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import sglang_objects as stock
 import torch
-from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
-from sglang.srt.mem_cache import common
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.chunk_cache import ChunkCache
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.runtime_context import publish
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.engine import hooks
-from hardkv_sglang.engine.compat import tree_slots
-from hardkv_sglang.engine.platform.allocator import TorchPagedAllocator
+from hardkv_sglang.engine import compat, hooks
+from hardkv_sglang.engine.compat import committed_len, protected_len, row_of, tree_slots
 from hardkv_sglang.engine.runtime import HardKVRuntime
 from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.memory_pool.integrity import IntegrityError, check_ownership
@@ -53,12 +49,8 @@ class World:
 
     def __init__(self, has_tree: bool = True, options: HardKVConfig = OPTIONS) -> None:
         self.rows = ReqToTokenPool(size=8, max_context_len=MAX_LEN, device="cpu", enable_memory_saver=False)
-        self.allocator = TorchPagedAllocator(NUM_PAGES * PAGE, PAGE, torch.bfloat16, "cpu", None, False)
-        params = CacheInitParams(
-            disable=not has_tree, req_to_token_pool=self.rows, token_to_kv_pool_allocator=self.allocator,
-            page_size=PAGE,
-        )  # fmt: skip
-        self.tree = (RadixCache if has_tree else ChunkCache)(params)
+        self.allocator = stock.make_allocator(NUM_PAGES * PAGE, PAGE)
+        self.tree = stock.make_cache(has_tree, self.rows, self.allocator, PAGE)
         layout = PoolLayout(num_layers=2, num_kv_heads=2, head_dim=64, page_size=PAGE, num_slots=(NUM_PAGES + 1) * PAGE)
         cfg = ResolvedConfig(options, layout, 4, 0.125, self.rows.req_to_token.shape[0], MAX_LEN)
         tables = DeviceTables.allocate(cfg, torch.float32, torch.device("cpu"))
@@ -72,18 +64,16 @@ class World:
         self.running: list[Req] = []
 
     def request(self, rid: str, prompt: Sequence[int], output: Sequence[int] = (), custom_params: Any = None) -> Req:
-        sampling = SamplingParams(max_new_tokens=500, ignore_eos=True, custom_params=custom_params)
-        sampling.normalize(None)
-        req = Req(rid, "", array("q", prompt), sampling)
+        req = stock.make_request(rid, prompt, 500, custom_params=custom_params)
         req.output_ids = array("q", output)
         return req
 
     def leave_in_tree(self, tokens: Sequence[int]) -> None:
         """Whole pages of a request that has ended without an event."""
         key = RadixKey(array("q", tokens), None).page_aligned(PAGE)
-        matched = self.tree.match_prefix(MatchPrefixParams(key=key)).device_indices
+        matched = stock.matched_slots(self.tree, key)
         fresh = self.allocator.alloc(len(key) - len(matched))
-        self.tree.insert(InsertParams(key=key, value=torch.cat((matched, fresh))))
+        self.tree.insert(InsertParams(key=key, value=torch.cat((matched, fresh)), prev_prefix_len=len(matched)))
 
     def prefill(self, req: Req, chunk: int = MAX_LEN) -> None:
         """As the scheduler does: match, lock, allocate, and hand every chunk to the tree through our hook."""
@@ -92,27 +82,30 @@ class World:
         adder.add_one_req(req, False, None)
         assert adder.can_run_list == [req]
         self.rows.alloc([req])
-        row, total = self.rows.req_to_token[req.req_pool_idx], len(req.origin_input_ids) + len(req.output_ids)
-        row[: len(req.prefix_indices)] = req.prefix_indices.int()
+        row, total = self.rows.req_to_token[row_of(req)], compat.num_tokens(req)
+        cached = stock.cached_slots(self.tree, req)
+        row[: len(cached)] = cached.int()
         while True:
-            start = len(req.prefix_indices)
+            start = compat.cached_len(req)
             end = min(total, start + chunk)
             self.extend_row(req, start, end)
-            req.set_extend_range(start, end)
-            protected = req.cache_protected_len
+            stock.set_prefill(req, start, end)
+            protected = protected_len(req)
             hooks.around_maybe_cache_unfinished_req(
-                self.hardkv, common.maybe_cache_unfinished_req, req, self.tree, chunked=end < total
+                self.hardkv, stock.stock_cache_unfinished, req, self.tree, chunked=end < total
             )
-            assert req.cache_protected_len >= protected, "pages that the request reads are no longer locked for it"
-            assert tuple(req.extend_range) == (start, end)
-            assert req.prefix_indices.tolist() == row[:end].tolist(), "the next chunk would start elsewhere"
+            assert protected_len(req) >= protected, "pages that the request reads are no longer locked for it"
+            assert stock.prefill_of(req) == end
+            assert compat.cached_len(req) == end, "the next chunk would start elsewhere"
+            if hasattr(req, "prefix_indices"):
+                assert req.prefix_indices.tolist() == row[:end].tolist()
             if end == total:
                 break
         self.running.append(req)
 
     def extend_row(self, req: Req, start: int, end: int) -> None:
         """Slots for positions `[start, end)`."""
-        row = self.rows.req_to_token[req.req_pool_idx]
+        row = self.rows.req_to_token[row_of(req)]
         first = -(-start // PAGE) * PAGE
         if start < first:
             row[start : min(first, end)] = row[start - 1] + 1 + torch.arange(min(first, end) - start, dtype=torch.int32)
@@ -120,7 +113,7 @@ class World:
             slots = self.allocator.alloc(-(-(end - first) // PAGE) * PAGE)
             assert slots is not None
             row[first:end] = slots[: end - first].int()
-        req.kv, req.kv_committed_len = ReqKvInfo(kv_allocated_len=end, swa_evicted_seqlen=0), end
+        stock.hold(req, end)
 
     def decode(self, num_steps: int) -> None:
         """Steps of everything that runs, through the planning hook; counts of select events arrive at once."""
@@ -138,14 +131,14 @@ class World:
                     tables.condensed_pages[condense.row, : len(pages)] = pages.int()
                 assert batch.batch_is_full is (plan.freed_pages == 0)
             for req in self.running:
-                self.extend_row(req, req.kv_committed_len, req.kv_committed_len + 1)
+                self.extend_row(req, committed_len(req), committed_len(req) + 1)
                 req.output_ids.append(7)
 
     def release(self, req: Req, is_insert: bool = True) -> None:
         """As the end, an abort or a retraction (`is_insert` false) of a request."""
         self.running.remove(req)
         hooks.before_release_kv_cache(self.hardkv, req, self.tree, is_insert)
-        common.release_kv_cache(req, self.tree, is_insert)
+        stock.stock_release(req, self.tree, is_insert)
 
     def retract(self, req: Req) -> None:
         self.release(req, is_insert=False)
@@ -153,14 +146,14 @@ class World:
 
     def pages_of(self, req: Req) -> set[int]:
         """Token pages of the positions that the request attends in place."""
-        row, state = self.rows.req_to_token[req.req_pool_idx], self.runtime.states.get(req)
-        slots = row[: req.kv_committed_len]
+        row, state = self.rows.req_to_token[row_of(req)], self.runtime.states.get(req)
+        slots = row[: committed_len(req)]
         if state is not None:
-            slots = torch.cat((row[: state.prefix_end], row[state.condensed_end : req.kv_committed_len]))
+            slots = torch.cat((row[: state.prefix_end], row[state.condensed_end : committed_len(req)]))
         return set((slots // PAGE).tolist())
 
     def free_pages(self) -> set[int]:
-        return set(torch.cat((self.allocator.free_pages, self.allocator.release_pages)).tolist())
+        return set(compat.free_pages(self.allocator).tolist())
 
     def check(self) -> None:
         """Every page has one owner, and no eviction can take a page from a running request."""
@@ -180,12 +173,10 @@ class World:
             session_held_tokens=lambda: 0,
             session_held_req_count=lambda: 0,
         )
-        return SchedulerInvariantChecker(
-            is_hybrid_swa=False, is_hybrid_ssm=False, disaggregation_mode=None, page_size=PAGE,
-            full_tokens_per_layer=None, swa_tokens_per_layer=None, max_total_num_tokens=NUM_PAGES * PAGE,
-            server_args=SimpleNamespace(), tree_cache=self.tree, token_to_kv_pool_allocator=self.allocator,
-            req_to_token_pool=self.rows, pool_stats_observer=stats, get_last_batch=lambda: batch,
-            get_running_batch=lambda: batch,
+        return stock.make_checker(
+            page_size=PAGE, max_total_num_tokens=NUM_PAGES * PAGE, tree_cache=self.tree,
+            token_to_kv_pool_allocator=self.allocator, req_to_token_pool=self.rows, pool_stats_observer=stats,
+            get_last_batch=lambda: batch, get_running_batch=lambda: batch,
         )  # fmt: skip
 
 
@@ -206,8 +197,8 @@ def retracted_request_keeps_what_the_tree_owned() -> None:
         req.retracted_stain = True
         world.prefill(req, chunk)
         if custom is None:
-            limit = max(prompt_len, req.cache_protected_len)
-            assert req.cache_protected_len <= max(limit, in_tree), "the tree owns output that could be compressed"
+            limit = max(prompt_len, protected_len(req))
+            assert protected_len(req) <= max(limit, in_tree), "the tree owns output that could be compressed"
         world.check()
         for victim in (req, other):
             world.decode(130)
@@ -245,11 +236,11 @@ def planning_keeps_what_the_step_reads() -> None:
     req = world.request("a", prompt, output[:1])
     world.prefill(req)
     for _ in range(300):
-        seq_len, protected = req.kv_committed_len, req.cache_protected_len
-        row = world.rows.req_to_token[req.req_pool_idx, :seq_len].clone()
+        seq_len, protected = committed_len(req), protected_len(req)
+        row = world.rows.req_to_token[row_of(req), :seq_len].clone()
         world.decode(1)
-        assert req.kv_committed_len == req.kv.kv_allocated_len == seq_len + 1
-        assert req.cache_protected_len == protected
+        assert committed_len(req) == req.kv.kv_allocated_len == seq_len + 1
+        assert protected_len(req) == protected
         state = world.runtime.states[req]
         assert state.recent_start <= max(state.prefix_end, seq_len - OPTIONS.recent_tokens)
         attended = torch.cat((row[: state.prefix_end], row[state.condensed_end :]))
@@ -294,7 +285,7 @@ def summary(state: RequestState) -> tuple[int, ...]:
 
 def strict_check_counts_compressed_requests() -> None:
     """_get_total_uncached_sizes, self_check_during_busy: SGLang's own sum is the pool at every step."""
-    stock = SchedulerInvariantChecker._get_total_uncached_sizes
+    count = SchedulerInvariantChecker._get_total_uncached_sizes
     for has_tree in (True, False):
         world, differs = World(has_tree), 0
         for i in range(3):
@@ -302,10 +293,10 @@ def strict_check_counts_compressed_requests() -> None:
         for _ in range(120):
             world.decode(2)
             checker = world.checker()
-            uncached, _ = hooks.after_get_total_uncached_sizes(world.hardkv, stock(checker), checker)
+            uncached, _ = hooks.after_get_total_uncached_sizes(world.hardkv, count(checker), checker)
             leak, message = checker._check_full_pool(checker.pool_stats_observer.get_pool_stats(), uncached)
             assert not leak, message
-            differs += uncached != stock(checker)[0]
+            differs += uncached != count(checker)[0]
             hooks.after_self_check_during_busy(world.hardkv, None, checker)
         assert differs > 50, "nothing was compressed"
 
@@ -316,10 +307,10 @@ def idle_check_survives_deep_trees() -> None:
 
     world = World()
     tokens, values = list(range(2000)), torch.arange(PAGE, PAGE + 2000)
-    world.tree.page_size = 1
+    world.tree = stock.make_cache(True, world.rows, world.allocator, page_size=1)
     for end in range(1, 2001):
         key = RadixKey(array("q", tokens[:end]), None)
-        world.tree.insert(InsertParams(key=key, value=values[:end]))
+        world.tree.insert(InsertParams(key=key, value=values[:end], prev_prefix_len=end - 1))
     assert sorted(tree_slots(world.tree).tolist()) == values.tolist()
     with envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY.override(1):
         world.runtime.idle_check_due = True

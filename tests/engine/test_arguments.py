@@ -14,7 +14,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.engine import arguments
+from hardkv_sglang.engine import arguments, compat
 from hardkv_sglang.plugin import build_server_args
 
 OPTIONS = {"top_p": 0.75, "max_tokens": 512}
@@ -34,11 +34,14 @@ def command(demo_model: Path) -> list[str]:
 def test_command_line_reaches_server_args(command: list[str]) -> None:
     args = prepare_server_args([*command, "--kv-compression", "hardkv", "--kv-compression-config", json.dumps(OPTIONS)])
     assert arguments.attached_options(args) == WANT
-    assert (args.page_size, args.max_running_requests, args.device) == (32, 256, "cpu")
+    flags = compat.resolve(args)
+    assert (flags.page_size, flags.max_running_requests, flags.device) == (32, 256, "cpu")
+    assert arguments.attached_options(args) == WANT
 
 
 def test_options_survive_the_way_to_the_scheduler(command: list[str]) -> None:
     args = prepare_server_args([*command, "--kv-compression", "hardkv", "--kv-compression-config", json.dumps(OPTIONS)])
+    compat.resolve(args)
     for copied in (pickle.loads(pickle.dumps(args)), copy.deepcopy(args)):
         assert arguments.attached_options(copied) == WANT
 
@@ -70,12 +73,13 @@ def test_a_namespace_that_sglangs_parser_did_not_make(command: list[str]) -> Non
 def test_without_the_flag_nothing_is_attached_or_seeded(command: list[str]) -> None:
     args = prepare_server_args(command)
     assert arguments.attached_options(args) is None
-    assert args.max_running_requests is None
+    assert compat.resolve(args).max_running_requests is None
     args.check_server_args()
 
 
 def test_refusals_come_with_the_launchers_check(command: list[str]) -> None:
     args = prepare_server_args([*command, "--kv-compression", "hardkv", "--page-size", "1", "--enable-mixed-chunk"])
+    compat.resolve(args)
     with pytest.raises(ValueError, match="--page-size") as error:
         args.check_server_args()
     assert "--enable-mixed-chunk" in str(error.value)
@@ -97,7 +101,8 @@ def test_graphs_reach_the_batch_sizes_that_compression_reaches(given: dict[str, 
 
 
 def test_graph_flags_are_sglangs(command: list[str]) -> None:
-    args = prepare_server_args([*command, "--kv-compression", "hardkv", "--cuda-graph-max-bs", "24"])
-    assert args.cuda_graph_max_bs_decode == 24
+    args = prepare_server_args([*command, "--kv-compression", "hardkv", "--cuda-graph-max-bs-decode", "24"])
+    assert compat.resolve(args).cuda_graph_max_bs_decode == 24
     # without a GPU there are no graphs to capture
-    assert prepare_server_args([*command, "--kv-compression", "hardkv"]).cuda_graph_max_bs_decode is None
+    args = prepare_server_args([*command, "--kv-compression", "hardkv"])
+    assert compat.resolve(args).cuda_graph_max_bs_decode is None

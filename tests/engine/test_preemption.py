@@ -5,54 +5,50 @@ Runs in a process of its own, because hooks and published arguments last as long
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+from engine.script import run_script
 
 SCRIPT = """
 import sys
 from array import array
+from inspect import signature
 from types import SimpleNamespace
 import torch
 import sglang.srt.managers.scheduler
-from sglang.srt.managers.schedule_batch import Req, ReqKvInfo, release_req
+import sglang_objects as stock
+from sglang.srt.managers.schedule_batch import release_req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.chunk_cache import ChunkCache
-from sglang.srt.mem_cache.common import maybe_cache_unfinished_req
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import publish
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.assembly import Attachment
 from hardkv_sglang.engine.hooks import RUNTIME_HOOKS
 from hardkv_sglang.engine.installation import install
-from hardkv_sglang.engine.platform.allocator import TorchPagedAllocator
 from hardkv_sglang.engine.runtime import HardKVRuntime
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 
 PAGE, TOKENS, MOST, PROMPT = 32, 131072, 16384, 512
 has_tree = sys.argv[1] == "tree"
-args = ServerArgs(model_path="dummy")
-publish(args, role="test")
+server_args = ServerArgs(model_path="dummy")
+publish(server_args, role="test")
+# up to 0.5.18 preemption is told the flags
+args = [server_args] if "server_args" in signature(PrefillAdder.preempt_to_schedule).parameters else []
 load_plugins()
 
 
 class Batch(SimpleNamespace):
     # the fields and methods that preemption uses of a ScheduleBatch; releasing is SGLang's own
 
-    def release_req(self, index, remaining, server_args):
+    def release_req(self, index, remaining, *server_args):
         req = self.reqs[index]
         thrown.append(req)
         release_req(
-            req=req, remaing_req_count=remaining, server_args=server_args, req_to_token_pool=rows,
-            token_to_kv_pool_allocator=allocator, tree_cache=cache, hisparse_coordinator=None,
+            req=req, remaing_req_count=remaining, req_to_token_pool=rows, token_to_kv_pool_allocator=allocator,
+            tree_cache=cache, hisparse_coordinator=None, **{"server_args": args for args in server_args},
         )
 
     def filter_batch(self, keep_indices):
@@ -60,13 +56,11 @@ class Batch(SimpleNamespace):
 
 
 def request(index, num_prompt=PROMPT, priority=0, most=MOST, base=None):
-    sampling = SamplingParams(max_new_tokens=most, ignore_eos=True)
-    sampling.normalize(None)
     start = (index if base is None else base) * 100_000
     ids = array("q", range(start, start + num_prompt))
     if base is not None:  # the first half is shared
         ids[num_prompt // 2 :] = array("q", range(index * 100_000, index * 100_000 + num_prompt - num_prompt // 2))
-    req = Req(str(index), "", ids, sampling, priority=priority)
+    req = stock.make_request(str(index), ids, most, priority=priority)
     req.time_stats.wait_queue_entry_time = float(index)
     return req
 
@@ -75,38 +69,37 @@ def run(req, num_output):
     # as after prefill and `num_output` decode steps
     rows.alloc([req])
     req.init_next_round_input(cache)
-    cache.inc_lock_ref(req.last_node)
+    stock.lock(cache, req)
     prompt, total = len(req.origin_input_ids), len(req.origin_input_ids) + num_output
-    matched = len(req.prefix_indices)
-    slots = torch.cat((req.prefix_indices, allocator.alloc(-(-total // PAGE) * PAGE - matched)))
-    rows.req_to_token[req.req_pool_idx, : len(slots)] = slots.to(torch.int32)
-    req.set_extend_range(matched, prompt)
-    req.kv, req.kv_committed_len = ReqKvInfo(kv_allocated_len=prompt, swa_evicted_seqlen=0), prompt
-    maybe_cache_unfinished_req(req, cache)
-    req.kv, req.kv_committed_len = ReqKvInfo(kv_allocated_len=total, swa_evicted_seqlen=0), total
+    cached = stock.cached_slots(cache, req)
+    slots = torch.cat((cached, allocator.alloc(-(-total // PAGE) * PAGE - len(cached))))
+    rows.req_to_token[compat.row_of(req), : len(slots)] = slots.to(torch.int32)
+    stock.set_prefill(req, len(cached), prompt)
+    stock.hold(req, prompt)
+    stock.stock_cache_unfinished(req, cache)
+    stock.hold(req, total)
     req.output_ids = array("q", range(num_output + 1))
-    states[req] = planner.admit(req.req_pool_idx, prompt, compat.protected_len(req), total)
+    states[req] = planner.admit(compat.row_of(req), prompt, compat.protected_len(req), total)
     return req
 
 
 def compress(req, num_pages):
     # everything behind the prefix but the recent window is condensed into `num_pages`
     state, pages = states[req], compat.SglangPageAllocator(cache, allocator, rows.req_to_token)
-    end = (req.kv_committed_len - 128) // PAGE * PAGE
+    end = (compat.committed_len(req) - 128) // PAGE * PAGE
     pages.free_row(state.row, state.condensed_end, end)
     state.condensed_slots, state.num_condensed_pages = pages.alloc_pages(num_pages), num_pages
     state.condensed_end = state.recent_start = end
     state.num_selects = state.num_condenses = 1
-    state.selected_at = req.kv_committed_len
+    state.selected_at = compat.committed_len(req)
     planner.table.write(state)
 
 
 def server(num_running, num_output, num_pages, base=None, most=MOST):
     global rows, allocator, cache, planner, states, runtime, thrown
     rows = ReqToTokenPool(size=64, max_context_len=20480, device="cpu", enable_memory_saver=False)
-    allocator = TorchPagedAllocator(TOKENS, PAGE, torch.bfloat16, "cpu", None, False)
-    cache = (RadixCache if has_tree else ChunkCache)(CacheInitParams(
-        disable=not has_tree, req_to_token_pool=rows, token_to_kv_pool_allocator=allocator, page_size=PAGE))
+    allocator = stock.make_allocator(TOKENS, PAGE)
+    cache = stock.make_cache(has_tree, rows, allocator, PAGE)
     cfg = ResolvedConfig(HardKVConfig(), PoolLayout(2, 2, 64, PAGE, TOKENS + PAGE), 4, 0.125, 65, 20480)
     memory = SimpleNamespace(cfg=cfg, req_to_token=rows.req_to_token)
     runtime = HardKVRuntime(SimpleNamespace(memory=memory, tp_group=None), backend=None)
@@ -134,13 +127,13 @@ def free():
 hardkv = Attachment(HardKVConfig())
 
 # what SGLang itself would do
-running, stock = server(32, 8192, 40), []
+running, thrown_by_stock = server(32, 8192, 40), []
 batch = adder(running)
-batch.running_batch.release_req = lambda index, *_: stock.append(index)
+batch.running_batch.release_req = lambda index, *_: thrown_by_stock.append(index)
 newcomer = request(99, priority=100)
 newcomer.init_next_round_input(cache)
-assert batch.preempt_to_schedule(newcomer, args)
-assert len(stock) >= 8, stock
+assert batch.preempt_to_schedule(newcomer, *args)
+assert len(thrown_by_stock) >= 8, thrown_by_stock
 
 # in a tuple: a hook also replaces the function under every name that a module has for it, this one included
 stock_functions = (PrefillAdder.preempt_to_schedule,)
@@ -150,9 +143,9 @@ install(RUNTIME_HOOKS, hardkv)
 running = server(32, 8192, 40)
 assert free() > 10_000
 batch, newcomer = adder(running), request(99, priority=100)
-assert batch.preempt_to_schedule(newcomer, args)
+assert batch.preempt_to_schedule(newcomer, *args)
 assert thrown == batch.preempt_list == [running[-1]]
-assert batch.rem_total_token_offset == 0
+assert stock.reserved_tokens(batch) == 0
 assert len(batch.running_batch.reqs) == 31 and not batch.running_batch.batch_is_full
 newcomer.init_next_round_input(cache)
 assert batch.add_one_req(newcomer, False, None) == AddReqResult.CONTINUE
@@ -161,11 +154,11 @@ assert not runtime.preemption.end_pass() == [] and runtime.preemption.end_pass()
 
 # nobody has a lower priority, or everybody's memory would not do: nobody is released
 running = server(32, 8192, 40)
-assert not adder(running).preempt_to_schedule(request(99, priority=0), args)
+assert not adder(running).preempt_to_schedule(request(99, priority=0), *args)
 for req in running[1:]:
     req.priority = 100
 allocator.alloc(allocator.available_size() - 64 * PAGE)
-assert not adder(running).preempt_to_schedule(request(99, 14000, priority=100), args)
+assert not adder(running).preempt_to_schedule(request(99, 14000, priority=100), *args)
 assert not thrown and len(states) == 32
 
 # the pool is full: as many as give back what it needs, and the estimate of what they give back is exact
@@ -174,7 +167,7 @@ for base in (None, 7):
     filler = allocator.alloc(allocator.available_size() - 64 * PAGE)
     batch, newcomer = adder(running), request(99, 9000, priority=100, most=64)
     newcomer.init_next_round_input(cache)
-    candidates = compat.preemptible(stock_functions[0], batch, newcomer, args)
+    candidates = compat.preemptible(stock_functions[0], batch, newcomer, *args)
     assert candidates == running[::-1] and not thrown
     chosen = runtime.preemption.choose(batch, newcomer, candidates)
     assert 1 < len(chosen) < 24, len(chosen)
@@ -182,7 +175,7 @@ for base in (None, 7):
     assert fits(batch, newcomer, chosen) and not fits(batch, newcomer, chosen[:-1])
     own = sum(runtime.preemption._own_tokens(r) for r in chosen)
     room = own + compat.room_for(batch, newcomer, chosen)
-    assert batch.preempt_to_schedule(newcomer, args)
+    assert batch.preempt_to_schedule(newcomer, *args)
     assert set(thrown) == set(chosen)
     # in the order in which they came, on every rank
     assert batch.preempt_list == chosen[::-1]
@@ -196,16 +189,13 @@ running = server(8, 1024, 20)
 ended = running[-1]
 ended.finished_reason = SimpleNamespace()
 batch = adder(running)
-assert batch.preempt_to_schedule(request(99, priority=100), args)
+assert batch.preempt_to_schedule(request(99, priority=100), *args)
 assert thrown == [running[-2]]
-print("ok", len(stock))
+print("ok", len(thrown_by_stock))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["tree", "none"])
 def test_preemption_by_footprint(cache: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, cache], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, cache)

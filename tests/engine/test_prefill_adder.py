@@ -5,10 +5,8 @@ Runs in a process of its own, because patches and published arguments last as lo
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+from engine.script import run_script
 
 pytestmark = pytest.mark.slow
 
@@ -18,14 +16,10 @@ from array import array
 from types import SimpleNamespace
 import torch
 from sglang.srt.managers import schedule_policy
-from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+import sglang_objects as stock
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.runtime_context import publish
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from hardkv_sglang.engine.admission import Admission
 from hardkv_sglang.config import HardKVConfig
@@ -34,16 +28,15 @@ from hardkv_sglang.engine.hooks import after_prefill_adder_init, around_add_chun
 from hardkv_sglang.engine.preemption import Preemption
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout
-from hardkv_sglang.engine.platform.allocator import TorchPagedAllocator
+from hardkv_sglang.engine import compat
 from hardkv_sglang.lifecycle.relief import PressureRelief
 
 PAGE, TOKENS, MOST = 32, 6016, 3000
 has_tree = sys.argv[1] == "tree"
 publish(ServerArgs(model_path="dummy"), role="test")
 rows = ReqToTokenPool(size=64, max_context_len=8192, device="cpu", enable_memory_saver=False)
-allocator = TorchPagedAllocator(TOKENS, PAGE, torch.bfloat16, "cpu", None, False)
-cache = (RadixCache if has_tree else ChunkCache)(CacheInitParams(
-    disable=not has_tree, req_to_token_pool=rows, token_to_kv_pool_allocator=allocator, page_size=PAGE))
+allocator = stock.make_allocator(TOKENS, PAGE)
+cache = stock.make_cache(has_tree, rows, allocator, PAGE)
 planner = LifecyclePlanner(ResolvedConfig(
     HardKVConfig(select_interval=512), PoolLayout(2, 2, 64, PAGE, TOKENS + PAGE), 4, 0.125, 65, 8192))
 states = {}
@@ -52,9 +45,7 @@ hardkv = SimpleNamespace(runtime=SimpleNamespace(
     admission=admission, preemption=Preemption(admission, states, PAGE)))
 
 def request(index, num_prompt=40, ignore_eos=True):
-    sampling = SamplingParams(max_new_tokens=MOST, ignore_eos=ignore_eos)
-    sampling.normalize(None)
-    req = Req(str(index), "", array("q", range(index * 100, index * 100 + num_prompt)), sampling)
+    req = stock.make_request(str(index), range(index * 100, index * 100 + num_prompt), MOST, ignore_eos)
     req.init_next_round_input(cache)
     return req
 
@@ -72,14 +63,14 @@ def admit(add, batch, reqs):
             return number
     return len(reqs)
 
-def stock(batch, req):
+def stocks(batch, req):
     return PrefillAdder.add_one_req(batch, req, False, None)
 
 def ours(batch, req):
     return around_add_one_req(hardkv, PrefillAdder.add_one_req, batch, req, False, None)
 
 requests = [request(i) for i in range(16)]
-few, many = admit(stock, adder([]), requests), admit(ours, our_adder([]), [request(i) for i in range(16, 32)])
+few, many = admit(stocks, adder([]), requests), admit(ours, our_adder([]), [request(i) for i in range(16, 32)])
 # dense they need 3040 tokens each; compressed 40 + 672 dense ones and at most 0.7 * 2400 condensed ones at the end
 assert few == 1, few
 assert many == 2, many
@@ -100,17 +91,17 @@ running = batch.can_run_list
 rows.alloc(running)
 for req in running:
     slots = allocator.alloc(2 * PAGE)
-    req.kv_committed_len, req.kv = 40, ReqKvInfo(kv_allocated_len=40, swa_evicted_seqlen=0)
-    states[req] = planner.admit(int(req.req_pool_idx), 40, 32, 40)
-assert adder(running).rem_total_token_offset >= len(running) * MOST * 0.7
+    stock.hold(req, 40)
+    states[req] = planner.admit(compat.row_of(req), 40, 32, 40)
+assert stock.reserved_tokens(adder(running)) >= len(running) * MOST * 0.7
 batch = our_adder(running)
-assert batch.rem_total_token_offset == 0
+assert stock.reserved_tokens(batch) == 0
 assert ours(batch, request(50)) == AddReqResult.NO_TOKEN
-assert batch.rem_total_token_offset == 0
+assert stock.reserved_tokens(batch) == 0
 # all running requests have ended but one
 batch = our_adder(running[:1])
 assert ours(batch, request(51, ignore_eos=False)) == AddReqResult.CONTINUE
-assert batch.rem_total_token_offset <= 3 * PAGE
+assert stock.reserved_tokens(batch) <= 3 * PAGE
 
 # a chunk of a long prompt is a whole one, where stock, which would rather keep room for outputs, takes a few tokens
 free = allocator.available_size() + cache.evictable_size()
@@ -123,18 +114,15 @@ for is_ours, length in ((False, 5), (True, 2048)):
         assert around_add_chunked_req(hardkv, PrefillAdder.add_chunked_req, batch, req) is req
     else:
         batch.add_chunked_req(req)
-    assert req.extend_range.length == length, req.extend_range
+    assert stock.prefill_of(req) - compat.cached_len(req) == length, stock.prefill_of(req)
 # and the last chunk sets nothing aside for the output, which would keep others out
 batch = our_adder(running)
 assert around_add_chunked_req(hardkv, PrefillAdder.add_chunked_req, batch, request(61, 1000)) is None
-assert batch.rem_total_token_offset == 1024 + PAGE
+assert stock.reserved_tokens(batch) == 1024 + PAGE
 print("ok", few, many, more)
 """
 
 
 @pytest.mark.parametrize("cache", ["tree", "none"])
 def test_admission_by_footprint(cache: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, cache], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, cache)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from hardkv_sglang.engine.preflight import OK, REFUSED, WARN, Finding, would_start
 from hardkv_sglang.engine.preflight import environment as env
 from hardkv_sglang.engine.preflight.memory import PoolShare, judge
+from hardkv_sglang.engine.reviewed_sources import RELEASES
 from hardkv_sglang.kernels.footprint import Footprint
+
+ROOT = Path(__file__).parents[2]
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
@@ -142,6 +148,16 @@ def test_releases_of_sglang(monkeypatch: pytest.MonkeyPatch, found: str, status:
     finding = env.inspect_package(Requirement("sglang>=0.5.17,<0.5.24"))
     assert finding.status == status
     assert found in finding.text and ("0.5.17" in finding.remedy) == (status != OK)
+
+
+def test_the_releases_that_may_be_installed_are_those_that_were_reviewed() -> None:
+    declared = re.search(r'"(sglang>=.*?)"', (ROOT / "pyproject.toml").read_text())
+    assert declared is not None
+    allowed = Requirement(declared[1]).specifier
+    assert all(allowed.contains(release) for release in RELEASES)
+    last = Version(RELEASES[-1])
+    assert not allowed.contains(f"{last.major}.{last.minor}.{last.micro + 1}")
+    assert not allowed.contains("0.5.16")
 
 
 def test_packages_are_those_that_are_declared() -> None:

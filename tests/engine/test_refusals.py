@@ -18,6 +18,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.server_args import ServerArgs
 from torch import nn
 
+from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.arguments import refuse_unsupported
 from hardkv_sglang.engine.refusals.models import MODEL_REFUSALS, refused_model
 from hardkv_sglang.engine.refusals.server_flags import SERVER_REFUSALS, refused_server_flags
@@ -42,7 +43,7 @@ CONSTRUCTED: dict[str, dict[str, Any]] = {
     "prefill_attention_backend": {"prefill_attention_backend": "triton"},
     "page_size": {"page_size": 8},
     "kv_cache_dtype": {"kv_cache_dtype": "fp8_e5m2"},
-    "cuda_graph_config": {"cuda_graph_backend_decode": "tc_piecewise"},
+    "cuda_graph_config": {"cuda_graph_backend_decode": "breakable"},
     "enable_memory_saver": {"enable_memory_saver": True},
     "enable_mixed_chunk": {"enable_mixed_chunk": True},
     "enable_two_batch_overlap": {"enable_two_batch_overlap": True},
@@ -79,7 +80,15 @@ FORCED: dict[str, dict[str, Any]] = {
     "enable_mis": {"enable_mis": True},
     "prefill_only_disable_kv_cache": {"prefill_only_disable_kv_cache": True},
     "encoder_only": {"encoder_only": True},
+    "attn_dp_size": {"attn_dp_size": 2},
+    "enable_kv_cache_sharding": {"enable_kv_cache_sharding": True},
+    "enable_pd_role_switch": {"enable_pd_role_switch": True},
+    "enable_unified_cache_external_linker": {"enable_unified_cache_external_linker": True},
 }
+
+# Rows whose flag, choice or variable not every release has.
+NEWER = {"attn_dp_size", "enable_kv_cache_sharding", "enable_pd_role_switch", "enable_unified_cache_external_linker"}
+GONE = {"SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "SGLANG_ENABLE_UNIFIED_RADIX_TREE"}  # since 0.5.21
 
 ENVIRONMENT = [row.name for row in SERVER_REFUSALS if row.name.isupper()]
 
@@ -97,13 +106,22 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_config(tmp_path_factory.mktemp("llama"), LLAMA)
 
 
-def server_args(folder: str, **flags: Any) -> ServerArgs:
-    return ServerArgs(model_path=folder, **{**BASE, **flags})
+def server_args(folder: str, **flags: Any) -> Any:
+    """The flags in effect."""
+    return compat.resolve(ServerArgs(model_path=folder, **{**BASE, **flags}))
 
 
-def force(args: ServerArgs, values: dict[str, Any]) -> None:
-    for field, value in values.items():
-        object.__setattr__(args, field, value)
+class Forced:
+    """Flags with some values that no command line gives."""
+
+    def __init__(self, args: Any, values: dict[str, Any]) -> None:
+        self.args, self.values = args, values
+
+    def __getattr__(self, name: str) -> Any:
+        return self.values[name] if name in self.values else getattr(self.args, name)
+
+
+FIELDS = set(getattr(ServerArgs, "__struct_fields__", ())) or {field.name for field in dataclasses.fields(ServerArgs)}
 
 
 def message_of(name: str) -> str:
@@ -140,20 +158,20 @@ def test_server_flags_supported_are_accepted(llama_folder: str, flags: dict[str,
 
 def test_server_flags_cuda_with_flashinfer_is_accepted(llama_folder: str) -> None:
     args = server_args(llama_folder)
-    force(args, {"device": "cuda", "attention_backend": "flashinfer"})
-    assert refused_server_flags(args) == []
+    assert refused_server_flags(Forced(args, {"device": "cuda", "attention_backend": "flashinfer"})) == []
 
 
 @pytest.mark.parametrize("name", CONSTRUCTED)
 def test_server_flags_constructed(llama_folder: str, name: str) -> None:
-    assert refused_server_flags(server_args(llama_folder, **CONSTRUCTED[name])) == [message_of(name)]
+    # the field that a flag resolves to: since 0.5.22 there is another for attention DP
+    resolves_to = {"enable_dp_attention": "attn_dp_size"} if "attn_dp_size" in FIELDS else {}
+    refused = refused_server_flags(server_args(llama_folder, **CONSTRUCTED[name]))
+    assert refused == [message_of(resolves_to.get(name, name))]
 
 
 @pytest.mark.parametrize("name", FORCED)
 def test_server_flags_forced(llama_folder: str, name: str) -> None:
-    args = server_args(llama_folder)
-    force(args, FORCED[name])
-    assert refused_server_flags(args) == [message_of(name)]
+    assert refused_server_flags(Forced(server_args(llama_folder), FORCED[name])) == [message_of(name)]
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
@@ -177,22 +195,22 @@ def test_server_table_is_covered() -> None:
 
 
 def test_server_table_fields_exist() -> None:
-    fields = {field.name for field in dataclasses.fields(ServerArgs)}
     names = {row.name for row in SERVER_REFUSALS if not row.name.isupper()}
-    assert names - fields == set()
-    assert {"decode_attention_backend", "prefill_attention_backend", "attention_backend", "device"} <= fields
+    assert names - FIELDS <= NEWER
+    assert {"decode_attention_backend", "prefill_attention_backend", "attention_backend", "device"} <= FIELDS
 
 
 def test_server_table_environment_variables_exist() -> None:
     known = vars(type(envs))
     # the one variable that SGLang reads without declaring it
-    assert {name for name in ENVIRONMENT if name not in known} == {"SGLANG_USE_CPU_ENGINE"}
+    assert {name for name in ENVIRONMENT if name not in known} - GONE == {"SGLANG_USE_CPU_ENGINE"}
 
 
 def test_messages_name_real_flags() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     ServerArgs.add_cli_args(parser)
     known = {option for action in parser._actions for option in action.option_strings} | {"--kv-compression"}
+    known |= {"--" + name.replace("_", "-") for name in NEWER}
     for row in (*SERVER_REFUSALS, *MODEL_REFUSALS):
         flags = re.findall(r"--[a-z][a-z0-9-]*", row.message)
         assert set(flags) <= known, row.name

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hardkv_sglang.engine import request
-from hardkv_sglang.engine.request import KVInfo, Request, Sampling, TreeNode
+from hardkv_sglang.engine.request import KVInfo, KVRecord, PrefillByLength, PrefillBySlots, Request, Sampling
 
 
 @cache
@@ -34,7 +34,6 @@ def members(module: str, name: str) -> set[str]:
     [
         (Request, "sglang.srt.managers.schedule_batch", "Req"),
         (KVInfo, "sglang.srt.managers.schedule_batch", "ReqKvInfo"),
-        (TreeNode, "sglang.srt.mem_cache.radix_cache", "TreeNode"),
         (Sampling, "sglang.srt.sampling.sampling_params", "SamplingParams"),
     ],
 )
@@ -42,3 +41,18 @@ def test_sglang_has_what_we_name(protocol: type, module: str, name: str) -> None
     ours = members(request.__name__, protocol.__name__)
     assert ours
     assert ours <= members(module, name)
+
+
+def test_row_and_lengths_are_in_one_of_two_places() -> None:
+    ours = members(request.__name__, KVRecord.__name__)
+    places = [members("sglang.srt.managers.schedule_batch", name) for name in ("Req", "ReqKvInfo")]
+    assert [ours <= place for place in places].count(True) == 1
+    # what `compat.record_of` looks for is in the same place as the rest
+    assert ["kv_committed_len" in place for place in places] == [ours <= place for place in places]
+
+
+def test_a_prefill_is_told_in_one_of_two_ways() -> None:
+    theirs = members("sglang.srt.managers.schedule_batch", "Req")
+    by_length, by_slots = (members(request.__name__, p.__name__) for p in (PrefillByLength, PrefillBySlots))
+    assert (by_length <= theirs) != (by_slots <= theirs)
+    assert ("prefix_len" in theirs) is (by_length <= theirs)

@@ -17,6 +17,7 @@ from flashinfer.decode import fast_decode_plan
 from sglang.srt.layers.attention.flashinfer_backend import DecodeMetadata, FlashInferAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from hardkv_sglang.engine import compat
 from hardkv_sglang.kernels.dense_slots import plan_dense_slots
 from hardkv_sglang.kernels.finish import finish_layer
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
@@ -150,14 +151,14 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
         lens_cpu = batch.seq_lens_cpu[:bs] - self.hardkv_dense_start_cpu[:bs]
         # rows past the batch pad a captured graph: nothing of theirs has aged
         lens_cpu[: self.hardkv_aged.numel()] -= self.hardkv_aged
-        self.indices_updater_decode.update(
-            rows,
-            seq_lens,
-            lens_cpu,
-            None,
-            decode_wrappers=[wrapper],
-            encoder_lens=None,
-            spec_info=DensePages(indptr, slots),
+        compat.plan_decode(
+            self.indices_updater_decode,
+            batch,
+            wrapper,
+            DensePages(indptr, slots),
+            req_pool_indices=rows,
+            seq_lens=seq_lens,
+            seq_lens_cpu=lens_cpu,
             fixed_split_size=fixed_split_size,
             disable_split_kv=disable_split_kv,
         )

@@ -11,6 +11,7 @@ from hardkv_sglang.engine.compat.admission_budget import (
     without_output_reservation,
 )
 from hardkv_sglang.engine.compat.allocator import SglangPageAllocator, free_pages
+from hardkv_sglang.engine.compat.flashinfer_planner import plan_decode
 from hardkv_sglang.engine.compat.model import (
     attention_layers,
     first_kv_head,
@@ -20,13 +21,9 @@ from hardkv_sglang.engine.compat.model import (
     pool_tokens,
     tensor_parallel_group,
 )
-from hardkv_sglang.engine.compat.radix_tree import (
-    cache_dense_prefix,
-    cached_len,
-    prefix_node,
-    prefix_path,
-    tree_slots,
-)
+from hardkv_sglang.engine.compat.platform import allocates_pages_in_torch
+from hardkv_sglang.engine.compat.prefill import cache_dense_prefix, cached_len
+from hardkv_sglang.engine.compat.radix_tree import prefix_node, prefix_paths, tree_slots
 from hardkv_sglang.engine.compat.requests import (
     active_requests,
     allocated_len,
@@ -38,6 +35,8 @@ from hardkv_sglang.engine.compat.requests import (
     last_len,
     num_tokens,
     protected_len,
+    record_of,
+    refused_sampling,
     remaining_tokens,
     row_of,
     settled_len,
@@ -48,6 +47,8 @@ from hardkv_sglang.engine.compat.server_arguments import (
     can_share_prefixes,
     checks_every_step,
     max_graph_batch,
+    model_config_of,
+    resolve,
     resolved_flags,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "active_requests",
     "admitted_with_eos",
     "allocated_len",
+    "allocates_pages_in_torch",
     "attention_layers",
     "cache_dense_prefix",
     "cached_len",
@@ -72,18 +74,23 @@ __all__ = [
     "last_len",
     "max_graph_batch",
     "metric_labels",
+    "model_config_of",
     "most_requests",
     "no_token",
     "num_multiprocessors",
     "num_tokens",
+    "plan_decode",
     "pool_tokens",
     "preempt",
     "preemptible",
     "prefill_tokens",
     "prefix_node",
-    "prefix_path",
+    "prefix_paths",
     "protected_len",
+    "record_of",
+    "refused_sampling",
     "remaining_tokens",
+    "resolve",
     "resolved_flags",
     "room_for",
     "row_of",

@@ -1,4 +1,9 @@
-"""What SGLang's `PrefillAdder` counts before it admits or preempts, and how to make it count otherwise."""
+"""What SGLang's `PrefillAdder` counts before it admits or preempts, and how to make it count otherwise.
+
+Read on 0.5.17 to 0.5.23. Up to 0.5.20 the adder has two offsets of its own; since 0.5.21 they are those of its
+`memory_budget`. Since 0.5.19 `preempt_to_schedule` takes no `server_args`, and since 0.5.22 a pass that admits nobody
+queues again whom it has preempted.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from hardkv_sglang.engine.compat.radix_tree import cached_len, unlocked_tokens
+from hardkv_sglang.engine.compat.prefill import cached_len
+from hardkv_sglang.engine.compat.radix_tree import unlocked
 from hardkv_sglang.engine.request import Request
 
 NO_ROOM = 1 << 60  # tokens, more than any pool has
@@ -25,18 +31,31 @@ def room_for(adder: Any, req: Request, released: Iterable[Request] = ()) -> int:
 
     released: requests whose cached prefixes are counted as unlocked.
     """
-    with adder._lock_node(req.last_node):
-        room = adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size()
-        return int(room) + unlocked_tokens(released)
+    with adder._lock_node(req.last_node), unlocked(adder.tree_cache, released):
+        return int(adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size())
 
 
 def prefill_tokens(adder: Any, req: Request) -> int:
     """Tokens of the pool that SGLang asks for before it prefills `req` after what it has admitted; outputs excluded."""
     uncached = len(req.full_untruncated_fill_ids) - cached_len(req)
-    return int(adder.rem_total_token_offset + uncached + adder.page_size)
+    return int(_reserved_tokens(adder) + uncached + adder.page_size)
 
 
-def preemptible(stock: Callable[..., bool], adder: Any, req: Request, server_args: Any) -> list[Request]:
+def _reserved_tokens(adder: Any) -> int:
+    """Tokens set aside for what the pass has admitted, and for outputs."""
+    budget = getattr(adder, "memory_budget", None)
+    return int(adder.rem_total_token_offset if budget is None else budget.total_offset)
+
+
+def _reserve_tokens(adder: Any, num_tokens: int) -> None:
+    budget = getattr(adder, "memory_budget", None)
+    if budget is None:
+        adder.rem_total_token_offset = num_tokens
+    else:
+        budget.total_offset = num_tokens
+
+
+def preemptible(stock: Callable[..., bool], adder: Any, req: Request, *args: Any) -> list[Request]:
     """Running requests that SGLang may preempt for `req`, in its order."""
     candidates: list[Request] = []
 
@@ -46,18 +65,18 @@ def preemptible(stock: Callable[..., bool], adder: Any, req: Request, server_arg
 
     # a need that no release meets: SGLang looks at every candidate and gives up
     with _preemption_budget(adder, count):
-        stock(adder, req, server_args)
+        stock(adder, req, *args)
     return candidates
 
 
-def preempt(stock: Callable[..., bool], adder: Any, req: Request, server_args: Any, victims: Sequence[Request]) -> None:
+def preempt(stock: Callable[..., bool], adder: Any, req: Request, *args: Any, victims: Sequence[Request]) -> None:
     """Let SGLang preempt the victims, which come first in its order, and requeue those that waited longest first.
 
     SGLang goes on to preempt for every later request of the pass, and collects victims in a set, whose order differs
     between tensor-parallel ranks.
     """
     with _preemption_budget(adder, lambda candidate: math.inf if candidate is victims[-1] else 0):
-        stock(adder, req, server_args)
+        stock(adder, req, *args)
     adder.preempt_list[-len(victims) :] = reversed(victims)
     adder.running_batch.batch_is_full = False
 
@@ -65,19 +84,20 @@ def preempt(stock: Callable[..., bool], adder: Any, req: Request, server_args: A
 @contextmanager
 def _preemption_budget(adder: Any, freed: Callable[[Request], float]) -> Iterator[None]:
     """Within the block, preemption lacks more tokens than there are, and a candidate gives back what `freed` says."""
-    offset = adder.rem_total_token_offset
-    adder.rem_total_token_offset = NO_ROOM
+    reserved = _reserved_tokens(adder)
+    _reserve_tokens(adder, NO_ROOM)
     adder._get_running_request_total_token_offset = freed
     try:
         yield
     finally:
         del adder._get_running_request_total_token_offset
-        adder.rem_total_token_offset = offset
+        _reserve_tokens(adder, reserved)
 
 
 def drop_output_reservation(adder: Any) -> None:
     """Make a fresh adder forget what it has set aside for the outputs of running requests."""
-    adder.rem_total_token_offset = adder.cur_rem_token_offset
+    budget = getattr(adder, "memory_budget", None)
+    _reserve_tokens(adder, adder.cur_rem_token_offset if budget is None else budget.current_offset)
 
 
 @contextmanager

@@ -90,6 +90,16 @@ def custom_params(req: Request) -> object:
     return req.sampling_params.custom_params
 
 
+def refused_sampling(req: Request) -> str | None:
+    """Why a request cannot be compressed for the way it is sampled; None if it can.
+
+    Beams, which 0.5.19 and later have, are rows of a batch without a request, over slots of their leader's.
+    """
+    if (getattr(req.sampling_params, "beam_width", None) or 1) > 1:
+        return "beam search is not served with --kv-compression; leave out beam_width"
+    return None
+
+
 def is_ending(req: Request) -> bool:
     """Whether the request has ended, or is to end with the reason that SGLang has given it."""
     return req.finished() or req.to_finish is not None

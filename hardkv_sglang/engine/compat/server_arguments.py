@@ -1,4 +1,4 @@
-"""Flags that are in effect.
+"""Flags that are in effect, and the model that they name.
 
 Read on 0.5.17 to 0.5.23. Up to 0.5.18 SGLang resolves `ServerArgs` in place; since 0.5.19 the object keeps what the
 operator typed, and what follows from it is read through a view. Whoever reads raw fields there takes None for a flag
@@ -11,12 +11,28 @@ from typing import Any
 
 
 def resolved_flags(server_args: Any) -> Any:
-    """`ServerArgs` with every value as it is in effect; its methods are not to be called on the result."""
+    """`ServerArgs` with every value as it is in effect; for reading only."""
     try:
         from sglang.srt.arg_groups.model_override_base import resolving_view
     except ImportError:
         return server_args
     return resolving_view(server_args)
+
+
+def resolve(server_args: Any) -> Any:
+    """`resolved_flags` of arguments that nobody has resolved yet. Raises what SGLang raises at flags it refuses."""
+    if hasattr(server_args, "resolve_once"):
+        server_args.resolve_once()
+    return resolved_flags(server_args)
+
+
+def model_config_of(server_args: Any) -> Any:
+    """SGLang's `ModelConfig` of these arguments, as given: not of a view of them."""
+    if hasattr(server_args, "get_model_config"):
+        return server_args.get_model_config()
+    from sglang.srt.arg_groups.model_override_base import model_config_of as config_of
+
+    return config_of(server_args)
 
 
 def can_share_prefixes(owner: Any) -> bool:

@@ -56,6 +56,10 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return HeadPagedTokenToKVPool
 
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """Since 0.5.22 in the place of the three methods around it; SGLang's own latent pools serve there."""
+        return self.get_mha_kv_pool_cls() if kind == "mha" else None
+
     def get_mla_kv_pool_cls(self) -> type:
         """Stock's pool of latent KV; with `--kv-compression` such a model is refused once its pool exists."""
         from hardkv_sglang.engine.platform.mla_pool import LatentKVPool
@@ -68,8 +72,12 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return DSATokenToKVPool
 
-    def get_paged_allocator_cls(self) -> type:
-        """Paged allocation without Triton."""
+    def get_paged_allocator_cls(self) -> type | None:
+        """Paged allocation without Triton; None where SGLang's own does without."""
+        from hardkv_sglang.engine import compat
+
+        if compat.allocates_pages_in_torch():
+            return None
         from hardkv_sglang.engine.platform.allocator import TorchPagedAllocator
 
         return TorchPagedAllocator

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from hardkv_sglang.config import HardKVConfig
+from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.arguments import attached_options
 from hardkv_sglang.engine.preflight import OK, REFUSED, WARN, Finding
 from hardkv_sglang.engine.preflight.memory import inspect_memory
@@ -54,17 +55,18 @@ def inspect_launch(flags: Sequence[str]) -> list[Finding]:
     if options is None:
         return [Finding(WARN, "flags", "--kv-compression none serves dense", "use --kv-compression hardkv")]
     try:
-        config = server_args.get_model_config()
+        config = compat.model_config_of(server_args)
     except SGLANG_ERRORS as error:
         text = f"{server_args.model_path} cannot be read: {error}"
         return [*inspect_flags(server_args), Finding(REFUSED, "model", text, "check --model-path")]
-    model_findings = inspect_model(config, server_args)
+    in_effect = compat.resolved_flags(server_args)
+    model_findings = inspect_model(config, in_effect)
     is_sound = all(finding.status == OK for finding in model_findings)
     # the check of all flags refuses some models, too: they are named once, as models
     findings = inspect_flags(server_args) if is_sound else refused_flags(server_args)
     findings += [*model_findings, *inspect_priors(options, config)]
     if is_sound:
-        findings += inspect_memory(options, config, server_args, kv_dtype_of(config, server_args))
+        findings += inspect_memory(options, config, in_effect, kv_dtype_of(config, in_effect))
     return findings
 
 
@@ -78,7 +80,9 @@ def resolve(flags: Sequence[str]) -> Any:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return prepare_server_args([*flags, *([] if given else ["--kv-compression", "hardkv"])])
+            server_args = prepare_server_args([*flags, *([] if given else ["--kv-compression", "hardkv"])])
+            compat.resolve(server_args)
+            return server_args
     except SystemExit:
         # argparse prints its usage, some hundred lines, and then what is wrong
         said = errors.getvalue().strip().rpartition("error: ")[2]
@@ -89,7 +93,7 @@ def resolve(flags: Sequence[str]) -> Any:
 
 def refused_flags(server_args: Any) -> list[Finding]:
     """Our refusals of flags and environment variables."""
-    return [Finding.refused("flags", message) for message in refused_server_flags(server_args)]
+    return [Finding.refused("flags", message) for message in refused_server_flags(compat.resolved_flags(server_args))]
 
 
 def inspect_flags(server_args: Any) -> list[Finding]:
@@ -101,8 +105,9 @@ def inspect_flags(server_args: Any) -> list[Finding]:
         server_args.check_server_args()
     except SGLANG_ERRORS as error:
         return [Finding(REFUSED, "flags", str(error), "change that flag")]
-    backend = server_args.decode_attention_backend or server_args.attention_backend
-    text = f"--device {server_args.device} --attention-backend {backend} --page-size {server_args.page_size}"
+    in_effect = compat.resolved_flags(server_args)
+    backend = in_effect.decode_attention_backend or in_effect.attention_backend
+    text = f"--device {in_effect.device} --attention-backend {backend} --page-size {in_effect.page_size}"
     return [Finding(OK, "flags", text)]
 
 

@@ -16,7 +16,7 @@ ATTENTION_BACKEND_OF_DEVICE = {"cuda": "flashinfer", "cpu": "torch_native"}
 def refused_server_flags(server_args: Any) -> list[str]:
     """Messages of every refused flag and environment variable; empty if the server may start.
 
-    server_args: SGLang's `ServerArgs` after resolution, for example inside `check_server_args`.
+    server_args: the values in effect, see `compat.resolved_flags`, for example inside `check_server_args`.
     """
     return [row.message for row in SERVER_REFUSALS if row.predicate(server_args)]
 
@@ -30,6 +30,12 @@ def _switch(field: str, why: str) -> Refusal:
     """A flag that must be absent: off, unset or empty."""
     message = f"{_flag(field)}: {why}; remove {_flag(field)}"
     return Refusal(field, lambda args: bool(getattr(args, field)), message)
+
+
+def _newer_switch(field: str, why: str) -> Refusal:
+    """A flag that must be absent, and that not every release has."""
+    message = f"{_flag(field)}: {why}; remove {_flag(field)}"
+    return Refusal(field, lambda args: bool(getattr(args, field, False)), message)
 
 
 def _choice(field: str, allowed: tuple[Any, ...], why: str, remedy: str) -> Refusal:
@@ -118,14 +124,25 @@ SERVER_REFUSALS: tuple[Refusal, ...] = (
     _choice("dcp_size", (1,), "decode context parallelism splits the tokens of one page", "1"),
     _choice("attn_cp_size", (1,), "context parallelism splits the tokens of one page", "1"),
     _switch("enable_dp_attention", "ranks with different requests cannot plan events together"),
+    # since 0.5.22 --enable-dp-attention resolves to this, and itself to False
+    Refusal(
+        "attn_dp_size",
+        lambda args: (getattr(args, "attn_dp_size", None) or 1) > 1,
+        "--attn-dp-size: ranks with different requests cannot plan events together; use --attn-dp-size 1 and leave out "
+        "--enable-dp-attention",
+    ),
     _choice("elastic_ep_backend", (None, "none"), "ranks that join late miss compressed requests", "none"),
     _choice("disaggregation_mode", ("null",), "KV transfer between servers reads freed slots", "null"),
+    _newer_switch("enable_pd_role_switch", "KV transfer between servers reads freed slots"),  # since 0.5.21
     _switch("use_ray", "SGLang's Ray actors load no plugins"),
     # caches that copy or keep KV by slot
     _switch("enable_hierarchical_cache", "host loads may overwrite slots that compression just freed"),
     _switch("hicache_storage_backend", "host loads may overwrite slots that compression just freed"),
     _switch("enable_lmcache", "LMCache stores whole requests, compressed KV included"),
     _switch("enable_flexkv", "FlexKV stores whole requests, compressed KV included"),
+    # since 0.5.20
+    _newer_switch("enable_unified_cache_external_linker", "it stores whole requests, compressed KV included"),
+    _newer_switch("enable_kv_cache_sharding", "it splits the tokens of one page"),  # since 0.5.22
     _switch("radix_cache_backend", "only SGLang's default radix cache is known to keep KV exact"),
     _switch("enable_streaming_session", "the next turn would read freed slots"),
     _switch("enable_session_radix_cache", "sessions would keep compressed KV"),
