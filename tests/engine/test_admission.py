@@ -93,8 +93,9 @@ def test_flat_attention_below_a_cap_retracts_at_most_one_in_a_hundred() -> None:
     for num_pages in (320, 330, 340, 350):
         requests = [Request(str(i), 128, 1024, 1024, ignore_eos=True) for i in range(64)]
         serving = serve(
-            requests, num_pages, select_interval=128, condense_interval=128, max_tokens=256, kept_tokens=keep_all
-        )
+            requests, num_pages, recent_tokens=128, select_interval=128, condense_interval=128, max_tokens=256,
+            kept_tokens=keep_all,
+        )  # fmt: skip
         retracted += retractions(requests)
         # each has 128 tokens of prompt, 256 condensed ones and at most 256 that are not
         assert serving.sum_running / serving.decode_steps > 0.8 * num_pages * PAGE / 640

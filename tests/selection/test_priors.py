@@ -99,7 +99,7 @@ def test_other_options_are_reported(path: Path) -> None:
 
 def recorded(num_layers: int, num_heads: int) -> EventRecorder:
     """A recorder that saw random queries and keys of every layer."""
-    options = HardKVConfig(metric="snapkv", budget="per_head", top_p=0.8, select_interval=128)
+    options = HardKVConfig(metric="snapkv", budget="per_head", top_p=0.8, recent_tokens=128, select_interval=128)
     events = place_events(480, prompt_len=64, num_events=3, options=options)
     recorder = EventRecorder(options, 64, events)
     generator = torch.Generator().manual_seed(0)
@@ -124,4 +124,4 @@ def test_calibration_covers_every_layer_and_head(path: Path) -> None:
 
 def test_a_short_text_is_refused() -> None:
     with pytest.raises(CalibrationError, match="at least 320"):
-        place_events(319, prompt_len=64, num_events=3, options=HardKVConfig(select_interval=128))
+        place_events(319, prompt_len=64, num_events=3, options=HardKVConfig(recent_tokens=128, select_interval=128))
