@@ -40,10 +40,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# nightly: 2000 hostile requests, each to our server and to a stock one; FUZZ_SEED chooses others
+# nightly: 2000 hostile requests, each to our server and to a stock one, FUZZ_SEED chooses others; 1500 turns of one conversation
 FUZZ_SEED ?= $(shell date +%Y%m%d)
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -s -o timeout=14400 tests/e2e/test_hostile_input.py --hostile-cases 2000 --hostile-seed $(FUZZ_SEED)
+	$(BIN)/python -m pytest -o timeout=7200 tests/e2e/test_adversarial_chain.py --chain-turns 1500
 
 # mixed load for ten minutes, then what must hold; SOAK_ARGS='--minutes 60 --out soak.json'
 soak: $(VENV)/.installed-test

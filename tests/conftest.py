@@ -22,9 +22,10 @@ EMPTY: Mapping[str, str] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How many hostile requests are sent, and which."""
+    """How many hostile requests are sent, and which; how long a conversation is."""
     parser.addoption("--hostile-cases", default="100", help="of tests/e2e/test_hostile_input.py (default: 100)")
     parser.addoption("--hostile-seed", default="0", help="of these cases (default: 0)")
+    parser.addoption("--chain-turns", default="150", help="of tests/e2e/test_adversarial_chain.py (default: 150)")
 
 
 def pytest_configure() -> None:
