@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -180,7 +181,7 @@ def main() -> None:
             flush=True,
         )
     if arguments.json is not None:
-        report = {**environment(ROOT, ("numpy", "sglang")), "rows": rows}
+        report = {**environment(ROOT, ("numpy", "numba", "sglang")), "load": os.getloadavg()[0], "rows": rows}
         arguments.json.write_text(json.dumps(report, indent=1))
 
 
