@@ -105,6 +105,8 @@ assert stock.reserved_tokens(batch) <= 3 * PAGE
 
 # a chunk of a long prompt is a whole one, where stock, which would rather keep room for outputs, takes a few tokens
 free = allocator.available_size() + cache.evictable_size()
+for req in running:  # since 0.5.21 or so a fixed length is not scaled by the ratio
+    req.sampling_params.ignore_eos = False
 ratio = (free - 5.5) / (len(running) * MOST)
 for is_ours, length in ((False, 5), (True, 2048)):
     batch = PrefillAdder(PAGE, cache, allocator, SimpleNamespace(reqs=running), ratio, 16384, 2048)
