@@ -435,14 +435,17 @@ def test_only_rkv_reads_keys_and_only_output_reads_values():
             select(candidates, **options)
 
 
-@pytest.mark.parametrize("metric", ["attention", "output"])
+@pytest.mark.parametrize(("metric", "prior_weight"), [("attention", 0.0), ("output", 0.0), ("output", 0.1)])
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), top_p=st.sampled_from(TOP_P))
-def test_shared_budget_is_the_smallest_set_of_all_lists(metric, data, top_p):
+def test_shared_budget_is_the_smallest_set_of_all_lists(metric, prior_weight, data, top_p):
     # a single candidate is at no distance from the mean of the candidates: its energy is a rounding error
     candidates = data.draw(random_candidates(min_count=2))
     lists = oracle.lists_of(candidates)
-    weights = [oracle.mean_importance(lst) if metric == "attention" else oracle.output_energy(lst) for lst in lists]
+    weights = [
+        oracle.mean_importance(lst) if metric == "attention" else oracle.expected_energy(lst, prior_weight)
+        for lst in lists
+    ]
     total = len(lists) if metric == "attention" else sum(sum(w.values()) for w in weights)
     ranked = sorted((w, b, j) for b, row in enumerate(weights) for j, w in row.items())
     allowed, keep = (1 - top_p) * total, [set(row) for row in weights]
@@ -451,7 +454,8 @@ def test_shared_budget_is_the_smallest_set_of_all_lists(metric, data, top_p):
         if allowed < 0:
             break
         keep[b].discard(j)
-    kept = as_sets(select(candidates, metric=metric, budget="shared", top_p=top_p, prior_weight=0.0, **FREE).keep)
+    options = {"metric": metric, "budget": "shared", "top_p": top_p, "prior_weight": prior_weight, **FREE}
+    kept = as_sets(select(candidates, **options).keep)
     # two candidates are equally far from their mean, weight against weight: rounding may swap what is equal
     ours, theirs = (
         sorted(weights[b][j] for b, (one, other) in enumerate(pair) for j in one - other)
