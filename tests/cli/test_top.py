@@ -169,7 +169,7 @@ def test_interval_is_a_number_of_seconds(interval: str, capsys: pytest.CaptureFi
 def test_refreshed_until_the_server_ends(capsys: pytest.CaptureFixture[str]) -> None:
     answers = replies([{"hardkv": replica()}])
     with serving(answers) as url:
-        timer = Timer(0.5, answers.clear)
+        timer = Timer(2.0, answers.clear)
         timer.start()
         assert main(["top", "--url", url, "--json", "--interval", "0.1"]) == 2
         timer.join()
