@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from sglang.srt.layers.attention.flashinfer_backend import FlashInferIndicesUpdaterDecode
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from hardkv_sglang.engine.backends import flashinfer as backend_module
@@ -39,6 +40,19 @@ class DenseWrapper:
         slots = [self._paged_kv_indices_buf[a:b].long() for a, b in itertools.pairwise(bounds)]
         states = [reference.dense_decode(q[i], k, v, own, sm_scale) for i, own in enumerate(slots)]
         return torch.stack([o for o, _ in states]), torch.stack([lse2 for _, lse2 in states]).float()
+
+
+@dataclass
+class Planner:
+    """FlashInfer's planner in SGLang, with the signature of the installed release."""
+
+    planned_lens: list[list[int]]
+    update_single_wrapper: ClassVar[Any] = FlashInferIndicesUpdaterDecode.update_single_wrapper
+
+    def update(self, *, seq_lens_cpu: torch.Tensor, decode_wrappers: Any, spec_info: Any, **_unused: Any) -> None:
+        self.planned_lens.append(seq_lens_cpu.tolist())
+        for wrapper in decode_wrappers:
+            wrapper.plan(spec_info.kv_indptr)
 
 
 @dataclass
@@ -103,12 +117,7 @@ def step(make_case, monkeypatch: pytest.MonkeyPatch) -> Step:
     )
     wrapper = DenseWrapper(torch.zeros(16 * 1024, dtype=torch.int32, device=case.k.device))
     planned: list[list[int]] = []
-
-    def update(_rows: Any, _lens: Any, lens_cpu: torch.Tensor, *_args: Any, spec_info: Any, **_kwargs: Any) -> None:
-        planned.append(lens_cpu.tolist())
-        wrapper.plan(spec_info.kv_indptr)
-
-    backend.indices_updater_decode = SimpleNamespace(update=update)
+    backend.indices_updater_decode = Planner(planned)
     backend.decode_cuda_graph_metadata = {size: [wrapper] for size in (5, 8, 16)}
     backend.forward_metadata = SimpleNamespace(decode_wrappers=[wrapper])
     backend._prepare_cuda_graph_metadata = lambda *_args: None
