@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from bench.fidelity.session import CompressedSession
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.reference import State
+from hardkv_sglang.selection.policies.base import Policy
+from hardkv_sglang.selection.top_p import Scored, Selection
 
 pytestmark = pytest.mark.slow
 
 PROMPT, DECODED = 40, 240
+ROUNDING = torch.finfo(torch.bfloat16).eps
 SHORT: dict[str, Any] = {
     "recent_tokens": 32,
     "query_window": 16,
@@ -47,6 +52,40 @@ class StepwiseSession(CompressedSession):
         )  # fmt: skip
         o, lse2 = reference.merge_states(dense, ragged)
         return o[:, None], lse2[:, None]
+
+
+@dataclass
+class Leader:
+    """A policy that keeps what it chose from which scores."""
+
+    policy: Policy
+    choices: list[tuple[torch.Tensor, Selection]] = field(default_factory=list)
+
+    def choose(self, scored: Scored, temperature: torch.Tensor | None) -> Selection:
+        selection = self.policy.choose(scored, temperature)
+        self.choices.append((scored.scores, selection))
+        return selection
+
+
+@dataclass
+class Follower:
+    """A policy that does as the leader did, and whose own choice may differ only where rounding decides.
+
+    Energy is remembered in bfloat16, so sums in another order may come out one step apart.
+    """
+
+    policy: Policy
+    choices: Iterator[tuple[torch.Tensor, Selection]]
+
+    def choose(self, scored: Scored, temperature: torch.Tensor | None) -> Selection:
+        own, (scores, leader) = self.policy.choose(scored, temperature), next(self.choices)
+        torch.testing.assert_close(scored.scores, scores, rtol=ROUNDING, atol=1e-5 * scores.max().item())
+        assert torch.equal(own.keep.sum(-1), leader.keep.sum(-1))
+        for mine, theirs, of_list in zip(own.keep, leader.keep, scores.amax(1), strict=True):
+            either = of_list[mine != theirs]
+            assert len(either) in (0, 2)
+            assert either.sum() == 0 or either.max() <= (1 + 2 * ROUNDING) * either.min()
+        return leader
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +114,10 @@ def test_block_decode_equals_token_by_token(model: BlockModel, dense: Reference)
     options, max_len = HardKVConfig(**SHORT), PROMPT + DECODED
     blocks = CompressedSession(model.shape, options, max_len)
     steps = StepwiseSession(model.shape, options, max_len, max_block=1)
-    by_block, by_token = decode(blocks, model, dense), decode(steps, model, dense)
+    leader = blocks.executor.policy = Leader(blocks.executor.policy)
+    by_block = decode(blocks, model, dense)
+    steps.executor.policy = Follower(steps.executor.policy, iter(leader.choices))
+    by_token = decode(steps, model, dense)
     assert blocks.state.num_selects >= 5
     assert blocks.state.num_condenses >= 2
     assert blocks.selected == steps.selected
