@@ -28,6 +28,7 @@ from bench.fidelity.scores import Reference, TokenScores
 from bench.fidelity.session import PAGE_SIZE, CompressedSession
 from bench.fidelity.tasks import Text, score_blocks
 from bench.fidelity.texts import read_texts
+from bench.fidelity.tri import QueryStatistics, TriScorer
 
 NOT_SCORED = 640  # first decoded tokens, in KL and in bytes: most points have had no event by then
 BIN, NUM_BINS = 64, 8  # tokens since the last select event
@@ -86,6 +87,9 @@ def measure_quantised(model: BlockModel, reference: Reference, name: str) -> dic
 def measure_compressed(model: BlockModel, reference: Reference, text: Text, point: Point) -> dict[str, Any]:
     """Decoded under the point's options."""
     session = CompressedSession(model.shape, point.config, len(text.tokens), device=model.device)
+    if point.by_query_centres:
+        statistics = QueryStatistics.of_text(model, reference.tokens)
+        session.executor.scorer = TriScorer(session.executor.reader, statistics)
     session.prefill(reference.cache, text.prompt_len)
     scores = score_blocks(model, reference, session)
     session.release()

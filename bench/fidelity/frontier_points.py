@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hardkv_sglang.config import HardKVConfig
@@ -19,6 +19,7 @@ class Point:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     quantisation: str | None = None
+    by_query_centres: bool = False  # candidates are rated by `tri.TriScorer`
 
     @property
     def config(self) -> HardKVConfig:
@@ -55,6 +56,12 @@ def uniform(policy: str, tokens: int, recent: int) -> Point:
     return Point(policy, f"{policy} {tokens} {recent}/128", options)
 
 
+def tri(tokens: int, recent: int) -> Point:
+    """TriAttention: `uniform` by calibrated query centres."""
+    point = uniform("snapkv", tokens, recent)
+    return replace(point, family="tri", name=f"tri {tokens} {recent}/128", by_query_centres=True)
+
+
 def defaults() -> Point:
     """What a server does by itself, without a cap."""
     return Point("defaults", "hardkv defaults", {"max_tokens": None})
@@ -81,6 +88,7 @@ def first() -> list[Point]:
         streaming(256),
         kept(128, 0.05),
         uniform("rkv", 64, 128),
+        tri(256, 256),
         kept(256, 0.1, name="neither", **OBSERVED_ONLY),
         kept(512, 0.05),
         streaming(1024),
@@ -102,6 +110,7 @@ def rivals() -> list[Point]:
     return [
         streaming(768),
         *(uniform(*point) for point in (("snapkv", 256, 512), ("rkv", 512, 256), ("rkv", 128, 512))),
+        *(tri(*point) for point in ((64, 128), (256, 512), (512, 256))),
         Point("hardkv, top_p alone", "hardkv 512/128 top_p 0.98", {"top_p": 0.98, **schedule(512), **OBSERVED_ONLY}),
     ]
 

@@ -51,6 +51,11 @@ class BlockModel:
         self.model = model.eval().to(self.device)
         self.shape = ModelShape.of(self.model.config)
 
+    @property
+    def rope_frequencies(self) -> torch.Tensor:
+        """Radians per position of each pair of channels, [D / 2]."""
+        return self.model.model.rotary_emb.inv_freq
+
     @torch.inference_mode()
     def hidden(self, tokens: torch.Tensor, start: int, attention: BlockAttention) -> torch.Tensor:
         """Final hidden states [T, hidden] of `tokens` ([T]) at positions from `start`."""

@@ -24,7 +24,7 @@ from sglang.srt.server_args import ServerArgs
 from hardkv_sglang.engine.admission import Admission
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
-from hardkv_sglang.engine.hooks import after_prefill_adder_init, around_add_chunked_req, around_add_one_req
+from hardkv_sglang.engine.admission_hooks import after_prefill_adder_init, around_add_chunked_req, around_add_one_req
 from hardkv_sglang.engine.preemption import Preemption
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.memory_pool.layout import PoolLayout
