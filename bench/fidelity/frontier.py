@@ -26,7 +26,7 @@ from bench.fidelity.model import BlockModel
 from bench.fidelity.quantised import QUANTISATIONS, QuantisedCache
 from bench.fidelity.scores import Reference, TokenScores
 from bench.fidelity.session import PAGE_SIZE, CompressedSession
-from bench.fidelity.tasks import Text, score_blocks
+from bench.fidelity.tasks import Text, answer_scores, score_blocks
 from bench.fidelity.texts import read_texts
 from bench.fidelity.tri import QueryStatistics, TriScorer
 
@@ -68,20 +68,21 @@ def measure(model: BlockModel, reference: Reference, text: Text, point: Point) -
     """One point on one text."""
     started = time.perf_counter()
     if point.quantisation is not None:
-        found = measure_quantised(model, reference, point.quantisation)
+        found = measure_quantised(model, reference, text, point.quantisation)
     else:
         found = measure_compressed(model, reference, text, point)
     return found | {"seconds": round(time.perf_counter() - started, 2)}
 
 
-def measure_quantised(model: BlockModel, reference: Reference, name: str) -> dict[str, Any]:
+def measure_quantised(model: BlockModel, reference: Reference, text: Text, name: str) -> dict[str, Any]:
     """All KV rounded, nothing dropped."""
     quantisation = QUANTISATIONS[name]
     cache = QuantisedCache(model.shape, len(reference.tokens) - 1, model.device, quantisation)
     hidden, _ = Reference.forward(model, reference.tokens, cache)
     targets = reference.tokens[reference.prompt_len + 1 :]
     scores = TokenScores.of_hidden(model, reference.hidden, hidden[reference.prompt_len :], targets)
-    return summarise_scores(scores) | {"held": quantisation.held, "held_end": quantisation.held}
+    held = {"held": quantisation.held, "held_end": quantisation.held}
+    return summarise_scores(scores) | recall(scores, text) | held
 
 
 def measure_compressed(model: BlockModel, reference: Reference, text: Text, point: Point) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def measure_compressed(model: BlockModel, reference: Reference, text: Text, poin
     session.prefill(reference.cache, text.prompt_len)
     scores = score_blocks(model, reference, session)
     session.release()
-    found = summarise_scores(scores) | held_share(session, text.prompt_len)
+    found = summarise_scores(scores) | recall(scores, text) | held_share(session, text.prompt_len)
     return found | {"kl_since_event": kl_since_event(scores.kl.tolist(), session), "events": len(session.selected)}
 
 
@@ -108,6 +109,15 @@ def summarise_scores(scores: TokenScores) -> dict[str, float]:
         "extra_nll": float(surprise.mean()),
         "dense_nll": float(scores.dense_nll[NOT_SCORED:].mean()),
     }
+
+
+def recall(scores: TokenScores, text: Text) -> dict[str, Any]:
+    """Answers of a text with facts, and how many of those that the dense model has right are still right."""
+    answers = [answer for answer in answer_scores(scores, text) if answer["dense_correct"]]
+    if not text.spans:
+        return {}
+    right = sum(answer["compressed_correct"] for answer in answers)
+    return {"answers": len(text.spans), "dense_right": len(answers), "still_right": right}
 
 
 def held_share(session: CompressedSession, prompt_len: int) -> dict[str, float]:

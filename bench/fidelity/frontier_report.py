@@ -22,9 +22,9 @@ AT = (0.25, 0.35)
 """Held shares at which families are compared."""
 DRAWN = (
     "hardkv, remembered and prior", "hardkv, remembered and prior, top_p", "defaults", "observed only", "streaming",
-    "rkv", "snapkv",
+    "rkv", "snapkv", "tri",
 )  # fmt: skip
-FIELDS = ("texts", "held", "held_end", "kl", "kl_error", "kl_held_out", "agreement", "seconds")
+FIELDS = ("texts", "held", "held_end", "kl", "kl_error", "kl_held_out", "agreement", "recall", "seconds")
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -38,8 +38,17 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **{name: mean(line[name] for line in lines) for name in ("held", "held_end", "kl", "agreement", "seconds")},
         "kl_error": stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else 0.0,
         "kl_held_out": mean(held_out) if held_out else None,
+        "recall": recall_of(lines),
         "kl_by_text": {line["text"]: line["kl"] for line in lines},
     }
+
+
+def recall_of(lines: Sequence[dict[str, Any]]) -> str | None:
+    """Facts that are answered right over those that the dense model answers right; None without such texts."""
+    asked = [line for line in lines if "dense_right" in line]
+    if not asked:
+        return None
+    return f"{sum(line['still_right'] for line in asked)}/{sum(line['dense_right'] for line in asked)}"
 
 
 def summarise_all(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

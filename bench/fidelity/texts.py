@@ -1,7 +1,8 @@
-"""Tokenised texts of a frontier run, as JSON: the documents, or prompts to generate from.
+"""Tokenised texts of a frontier run, as JSON: documents, documents with facts to recall, prompts to generate from.
 
     python -m bench.fidelity.texts --model FOLDER --out documents.json
     python -m bench.fidelity.texts --model FOLDER --prompts --out prompts.json
+    python -m bench.fidelity.texts --model FOLDER --needles --out needles.json
 
 A file may go to a machine that has neither tokenizer nor documents. Files of `bench.fidelity.generate` look the same.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.fidelity.documents import DOCUMENTS
+from bench.fidelity.needle import Span, plant
 from bench.fidelity.tasks import Text
 from hardkv_sglang.cli.demo_model import cache_directory
 
 PROMPT, DECODED = 512, 3584  # tokens of a document
+RECALLED = 3072  # decoded tokens of a document among which facts are planted
 FORMS = {
     "story": "Write a very long story about {}. Describe every scene in detail.",
     "program": "Write a complete Python program about {}, without any framework: modules, classes, tests, docs. "
@@ -44,9 +48,12 @@ def read_texts(paths: Sequence[Path]) -> list[Text]:
     """Texts of some files, numbered through."""
     entries = [entry for path in paths for entry in json.loads(path.read_text())]
     return [
-        Text(entry["name"], number, torch.tensor(entry["tokens"]), entry["prompt_len"])
+        Text(
+            entry["name"], number, torch.tensor(entry["tokens"]), entry["prompt_len"],
+            [Span(**span) for span in entry.get("spans", [])],
+        )
         for number, entry in enumerate(entries)
-    ]
+    ]  # fmt: skip
 
 
 def document_entries(tokenizer: Any) -> list[dict[str, Any]]:
@@ -55,6 +62,21 @@ def document_entries(tokenizer: Any) -> list[dict[str, Any]]:
     texts = {document.name: document.read(cache)[: 12 * size] for document in DOCUMENTS}
     ids = {name: tokenizer(text, add_special_tokens=False).input_ids[:size] for name, text in texts.items()}
     return [{"name": name, "prompt_len": PROMPT, "tokens": tokens} for name, tokens in ids.items()]
+
+
+def needle_entries(tokenizer: Any) -> list[dict[str, Any]]:
+    """The documents with facts planted in their decoded part, and questions for them at its end."""
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    entries = []
+    for document in document_entries(tokenizer):
+        tokens, spans = plant(document["tokens"], PROMPT, RECALLED, tokenize)
+        found = {"spans": [asdict(span) for span in spans], "tokens": tokens.tolist()}
+        entries.append({"name": f"needles_{document['name']}", "prompt_len": PROMPT, **found})
+    return entries
 
 
 def prompt_entries(tokenizer: Any) -> list[dict[str, Any]]:
@@ -72,11 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write one file."""
     parser = argparse.ArgumentParser(prog="python -m bench.fidelity.texts", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with the model's tokenizer")
-    parser.add_argument("--prompts", action="store_true", help="prompts instead of documents")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--prompts", action="store_true", help="prompts instead of documents")
+    kind.add_argument("--needles", action="store_true", help="documents with facts to recall")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    args.out.write_text(json.dumps(prompt_entries(tokenizer) if args.prompts else document_entries(tokenizer)))
+    entries = prompt_entries if args.prompts else needle_entries if args.needles else document_entries
+    args.out.write_text(json.dumps(entries(tokenizer)))
     return 0
 
 

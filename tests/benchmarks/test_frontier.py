@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from bench.fidelity.frontier import NOT_SCORED, Worker, held_share, kl_since_event, main, read_lines
-from bench.fidelity.frontier_points import frontier_points, kept
+from bench.fidelity.frontier_points import frontier_points, kept, tri
 from bench.fidelity.frontier_report import at_held, summarise_all
+from bench.fidelity.needle import Span
 from bench.fidelity.quantised import QUANTISATIONS
 from bench.fidelity.session import PAGE_SIZE
 from bench.fidelity.tasks import Text
@@ -76,17 +77,21 @@ def test_rounding_errors_are_those_of_the_format(name: str, error: float) -> Non
 def test_a_run_resumes_and_reports(demo_model: Path, tmp_path: Path) -> None:
     words = [(31 * i * i + 17 * i) % 20000 + 500 for i in range(97)]
     tokens = torch.tensor((words * 10)[: 33 + NOT_SCORED + 60])
-    points = [kept(128, 0.2), *(point for point in frontier_points() if point.quantisation == "int8")]
+    points = [kept(128, 0.2), tri(64, 128), *(point for point in frontier_points() if point.quantisation == "int8")]
     out = tmp_path / "demo.jsonl"
-    worker = Worker(demo_model, "cpu", "float32", [Text("words", 0, tokens, 32)], points, out, time.time() + 1e4)
+    spans = [Span("red", 0.1, len(tokens) - 6, len(tokens) - 4), Span("blue", 0.9, len(tokens) - 3, len(tokens) - 1)]
+    texts = [Text("words", 0, tokens, 32, spans)]
+    worker = Worker(demo_model, "cpu", "float32", texts, points, out, time.time() + 1e4)
     worker.run()
-    compressed, rounded = read_lines(out)
+    compressed, rated, rounded = read_lines(out)
+    assert compressed["answers"] == 2 and 0 <= rated["still_right"] <= rated["dense_right"] <= 2
+    assert rated["kl"] != compressed["kl"] and rated["events"] >= 3
     assert compressed["events"] >= 3 and 0.2 < compressed["held"] < 0.6
     assert 0 < rounded["kl"] < compressed["kl"] < 1
     worker.run()
-    assert len(read_lines(out)) == 2
+    assert len(read_lines(out)) == 3
     assert main(["--report", str(out), "--results", str(tmp_path / "report"), "--name", "short"]) == 0
     report = json.loads((tmp_path / "report" / "short.json").read_text())
     assert {point["point"] for point in report["demo"]["points"]} == {point.name for point in points}
-    assert (tmp_path / "report" / "short.csv").read_text().count("\n") == 3
+    assert (tmp_path / "report" / "short.csv").read_text().count("\n") == 4
     assert (tmp_path / "report" / "short.png").exists()
