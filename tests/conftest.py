@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hardkv_sglang.cli.demo_model import demo_model_path
+from hardkv_sglang.engine.reviewed_sources import NEWEST
 
 if TYPE_CHECKING:
     from e2e.server import ServerPool
@@ -75,6 +76,17 @@ def demo_model() -> Path:
     """Folder of the demo model, converted on first use; or another model, for kernels that only it has."""
     given = os.environ.get("HARDKV_TEST_MODEL")
     return Path(given) if given else demo_model_path()
+
+
+@pytest.fixture
+def unreviewed_release(tmp_path: Path) -> Path:
+    """Folder named after the release that follows the reviewed ones; first on the path, SGLang looks like that one."""
+    *start, last = NEWEST.split(".")
+    release = ".".join([*start, str(int(last) + 1)])
+    metadata = tmp_path / release / f"sglang-{release}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {release}\n")
+    return metadata.parent
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,15 @@ def test_refusal_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     (refused,) = [finding for finding in report["findings"] if finding["status"] == "refused"]
     assert refused["subject"] == "plugin"
     assert "SGLANG_PLUGINS" in refused["remedy"]
+
+
+def test_a_release_that_nobody_has_reviewed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unreviewed_release: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(unreviewed_release))
+    assert main(["doctor"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " sglang: " in line]
+    assert line.startswith("warn") and f"{unreviewed_release.name}, wanted" in line and "pip install 'sglang" in line
 
 
 def test_other_commands_take_no_unknown_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,16 +1,19 @@
-"""Options that cannot work stop the server before anything is loaded, with a message that names the remedy."""
+"""Options that cannot work stop the server before anything is loaded, with a message that names the remedy; an SGLang
+that nobody has reviewed gets a warning."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.compressed import STOCK
+from e2e.compressed import SHORT_INTERVALS, STOCK, TWO_LAYERS, compressed, decode, prompt_ids, report_of
 from e2e.server import DEFAULT_ENV, DEFAULT_FLAGS, ServerPool
 
 from hardkv_sglang.cli.server_process import ServerProcess
+from hardkv_sglang.engine.reviewed_sources import NEWEST, OLDEST
 
 LATENT_ATTENTION = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -53,4 +56,16 @@ def test_a_model_with_latent_attention(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path, {**DEFAULT_FLAGS, **flags}, DEFAULT_ENV, tmp_path / "server.log")
     assert server.wait_exit() != 0
     assert "multi-head latent attention (MLA)" in server.log_text()
+    server.stop()
+
+
+def test_a_release_that_nobody_has_reviewed(server_pool: ServerPool, unreviewed_release: Path) -> None:
+    path = os.pathsep.join(filter(None, (str(unreviewed_release), os.environ.get("PYTHONPATH"))))
+    server = server_pool.launch({**compressed(SHORT_INTERVALS), **TWO_LAYERS}, {"PYTHONPATH": path})
+    server.wait_ready()
+    (warning,) = [line for line in server.log_text().splitlines() if "was not reviewed" in line]
+    assert f"HARD-KV: sglang {unreviewed_release.name} was not reviewed; {OLDEST} to {NEWEST} were" in warning
+    assert "docs/design.md" in warning
+    decode(server, prompt_ids(40, seed=1), 200, rid="unreviewed")
+    assert report_of(server, "unreviewed")["select_events"] > 0
     server.stop()
