@@ -74,3 +74,45 @@ def merge_into(b_o, b_lse2, o_row, m_row, o, lse2, D: tl.constexpr):
     b_o, b_lse2 = merge_pair(b_o, b_lse2, b_o_there, b_lse2_there)
     tl.store(o + o_od, b_o.to(o.dtype.element_ty), mask=m_row[:, None])
     tl.store(lse2 + o_row, b_lse2, mask=m_row)
+
+
+@triton.jit
+def join_split(
+    b_o,
+    b_lse2,
+    o,
+    lse2,
+    partial_o,
+    partial_lse2,
+    arrivals,
+    i_item,
+    i_list,
+    first_item,
+    num_splits,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BG: tl.constexpr,
+):
+    """Merge the state of one split, `[BM, D]`, into its list's in memory; of several, the last to arrive does it."""
+    o_m = tl.arange(0, BM)
+    m_m = o_m < G
+    # query heads of a list are adjacent: head index h * G + g
+    o_hq = i_list.to(tl.int64) * G
+    if num_splits == 1:
+        merge_into(b_o, b_lse2, o_hq + o_m, m_m, o, lse2, D)
+    else:
+        o_part = tl.cast(i_item, tl.int64) * G + o_m
+        tl.store(partial_o + o_part[:, None] * D + tl.arange(0, D)[None, :], b_o, mask=m_m[:, None])
+        tl.store(partial_lse2 + o_part, b_lse2, mask=m_m)
+        # every thread's stores come before the release, which makes them visible to the last to arrive
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals + i_list, 1, sem="release")
+        if arrived == num_splits - 1:
+            tl.atomic_xchg(arrivals + i_list, 0, sem="acquire")
+            tl.debug_barrier()
+            o_g = tl.arange(0, BG)
+            m_g = o_g < G
+            o_first = first_item.to(tl.int64) * G + o_g
+            b_o_list, b_lse2_list = reduce_splits(partial_o, partial_lse2, o_first, m_g, G, num_splits, D, BG, 8)
+            merge_into(b_o_list, b_lse2_list, o_hq + o_g, m_g, o, lse2, D)

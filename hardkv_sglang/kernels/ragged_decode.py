@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from hardkv_sglang.kernels.dependent_launch import launch_options, wait_for_previous
-from hardkv_sglang.kernels.merge import EMPTY, State, merge_into, reduce_splits
+from hardkv_sglang.kernels.merge import EMPTY, State, join_split
 from hardkv_sglang.kernels.ragged_plan import load_item
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, Tuning
 from hardkv_sglang.memory_pool.layout import PoolLayout
@@ -150,25 +150,10 @@ def ragged_decode_kernel(
                 b_top, b_total, b_acc = attend_block(b_q, b_k, b_v, m_n, b_top, b_total, b_acc, scale_log2)
         b_o = b_acc * (1.0 / b_total)[:, None]
         b_lse2 = b_top + tl.log2(b_total)
-        # query heads of a list are adjacent: head index h * G + g
-        o_hq = i_list.to(tl.int64) * G
-        if num_splits == 1:
-            merge_into(b_o, b_lse2, o_hq + o_m, m_m, o, lse2, D)
-        else:
-            o_part = tl.cast(i_item, tl.int64) * G + o_m
-            tl.store(partial_o + o_part[:, None] * D + o_d[None, :], b_o, mask=m_m[:, None])
-            tl.store(partial_lse2 + o_part, b_lse2, mask=m_m)
-            # every thread's stores come before the release, which makes them visible to the last to arrive
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals + i_list, 1, sem="release")
-            if arrived == num_splits - 1:
-                tl.atomic_xchg(arrivals + i_list, 0, sem="acquire")
-                tl.debug_barrier()
-                o_g = tl.arange(0, BG)
-                m_g = o_g < G
-                o_first = first_item.to(tl.int64) * G + o_g
-                b_o_list, b_lse2_list = reduce_splits(partial_o, partial_lse2, o_first, m_g, G, num_splits, D, BG, 8)
-                merge_into(b_o_list, b_lse2_list, o_hq + o_g, m_g, o, lse2, D)
+        join_split(
+            b_o, b_lse2, o, lse2, partial_o, partial_lse2, arrivals,
+            i_item, i_list, first_item, num_splits, G, D, BM, BG,
+        )  # fmt: skip
 
 
 def ragged_decode(

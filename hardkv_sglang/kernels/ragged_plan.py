@@ -14,7 +14,7 @@ from hardkv_sglang.memory_pool.tables import DeviceTables
 MIDDLE_FROM, LARGE_FROM = tl.constexpr(1024), tl.constexpr(3072)
 """Listed tokens per multiprocessor and layer from which splits are middle-sized and large (measured on an H200)."""
 
-SPLIT_ALIGN = tl.constexpr(64)  # at least the page size, so that a split starts at a page
+SPLIT_ALIGN = 64  # at least the page size, so that a split starts at a page
 FIELDS = tl.constexpr(ITEM_FIELDS)
 
 
@@ -28,10 +28,10 @@ def load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H
 
 
 @triton.jit
-def split_geometry(b_len, split, SPLITS: tl.constexpr):
+def split_geometry(b_len, split, SPLITS: tl.constexpr, ALIGN: tl.constexpr):
     """Number of splits and tokens per split of lists of that length; an empty list has none."""
     b_splits = tl.minimum(tl.maximum(tl.cdiv(b_len, split), 1), SPLITS)
-    b_size = tl.maximum(tl.cdiv(tl.cdiv(b_len, b_splits), SPLIT_ALIGN), 1) * SPLIT_ALIGN
+    b_size = tl.maximum(tl.cdiv(tl.cdiv(b_len, b_splits), ALIGN), 1) * ALIGN
     return tl.cdiv(b_len, b_size), b_size
 
 
@@ -79,6 +79,7 @@ def plan_kernel(
     MIDDLE: tl.constexpr,
     LARGE: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr,
     BL: tl.constexpr,
     BS: tl.constexpr,
     BB: tl.constexpr,
@@ -92,12 +93,12 @@ def plan_kernel(
         o_list = i_list + tl.arange(0, BB)
         m_list = o_list < first_list
         _, _, _, b_len = load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H)
-        b_before += tl.where(m_list, split_geometry(b_len, split, SPLITS)[0], 0)
+        b_before += tl.where(m_list, split_geometry(b_len, split, SPLITS, ALIGN)[0], 0)
     o_list = first_list + tl.arange(0, BL)
     m_list = o_list < num_lists
     b_row, o_table, b_condensed, b_len = load_lists(o_list, m_list, rows, num_condensed, num_sparse, i_l, num_rows, H)
     b_first_page = tl.load(first_page + o_table, mask=m_list, other=0)
-    b_splits, b_size = split_geometry(b_len, split, SPLITS)
+    b_splits, b_size = split_geometry(b_len, split, SPLITS, ALIGN)
     b_splits = tl.where(m_list, b_splits, 0)
     b_first_item = tl.sum(b_before, 0) + tl.cumsum(b_splits, 0) - b_splits
     if first_list + BL >= num_lists:
@@ -158,6 +159,7 @@ def plan_ragged_decode(
         MIDDLE=workspace.split.middle,
         LARGE=workspace.split.large,
         SPLITS=workspace.max_splits,
+        ALIGN=SPLIT_ALIGN,
         BL=lists_per_program,
         BS=triton.next_power_of_2(workspace.max_splits),
         BB=1024,
