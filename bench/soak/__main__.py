@@ -185,7 +185,7 @@ def soak(args: argparse.Namespace, url: str, pid: int | None, server: ServerProc
         "ends": {f"{kind}: {end}": number for (kind, end), number in sorted(record.ends.items())},
         "left_out": [name for name in NAMES if name not in [kind.name for kind in kinds]],
         "operations": dict(record.operations),
-        "failures": record.failures,
+        "failures": [asdict(failure) for failure in record.failures],
         "checks": [asdict(check) for check in checks],
         "memory_mb": [value >> 20 for value in seen.memory],
     }  # fmt: skip

@@ -15,7 +15,14 @@ ANSWER_TIMEOUT_S = 600.0
 
 
 class SoakError(Exception):
-    """An answer that no client should get, or none."""
+    """An answer that no client should get, or none.
+
+    status: of the answer, where it is the status that is wrong.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class AbortedError(SoakError):
@@ -25,7 +32,7 @@ class AbortedError(SoakError):
 def refusal(path: str, status: int, text: str) -> SoakError:
     """The exception for an answer that is an error."""
     kind = AbortedError if re.search(r"Request \w+ was aborted", text) else SoakError
-    return kind(f"{path} {status}: {text[:500]}")
+    return kind(f"{path} {status}: {text[:500]}", status)
 
 
 class Client:
@@ -33,6 +40,7 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.sent: tuple[str, Any] | None = None  # path and parameters of the last request
 
     def get(self, path: str) -> requests.Response:
         """Reply to a GET. Raises `SoakError` for any status but 200."""
@@ -80,6 +88,7 @@ class Client:
         self.post("/abort_request", {"rid": rid, "abort_all": everything})
 
     def _request(self, method: str, path: str, **options: Any) -> requests.Response:
+        self.sent = path, options.get("json")
         try:
             return requests.request(method, self.url + path, timeout=ANSWER_TIMEOUT_S, **options)
         except requests.RequestException as error:

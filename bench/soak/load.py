@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.soak.client import AbortedError, Client, SoakError
 from bench.soak.kinds import ABORTED, Job, Kind
@@ -16,13 +17,31 @@ MAX_FAILURES = 20
 """After that many the load stops: the first ones explain more."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A request that got no good answer, with all that it takes to send it again."""
+
+    kind: str  # of request, or an operation
+    error: str  # type of the exception
+    message: str
+    status: int | None  # of the answer, where it is the status that is wrong
+    after_s: float  # since the load began
+    path: str | None
+    parameters: Any  # what was sent
+    operations: dict[str, int]  # of the operator until then
+
+    def __str__(self) -> str:
+        return f"{self.kind} after {self.after_s:.0f} s: {self.error}: {self.message}"
+
+
 @dataclass
 class Record:
     """What happened so far. Written by all threads."""
 
     ends: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and end
     operations: Counter[str] = field(default_factory=Counter)  # of the operator
-    failures: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
     running: int = 0  # requests that wait for their answer
     aborts: int = 0  # of everything; odd while one is under way
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -32,10 +51,16 @@ class Record:
         """Requests that were answered, well or not."""
         return sum(self.ends.values()) + len(self.failures)
 
-    def fail(self, what: str) -> None:
-        """Note something that must not happen."""
+    def fail(self, kind: str, error: Exception, client: Client) -> None:
+        """Note and print something that must not happen; it was the client's last request."""
+        path, parameters = client.sent or (None, None)
+        status, seconds = getattr(error, "status", None), time.monotonic() - self.start
         with self.lock:
-            self.failures.append(what)
+            failure = Failure(
+                kind, type(error).__name__, str(error), status, seconds, path, parameters, dict(self.operations)
+            )
+            self.failures.append(failure)
+        print(failure, flush=True)
 
 
 @dataclass
@@ -77,19 +102,22 @@ class Load:
         with record.lock:
             record.running += 1
             aborts = record.aborts
+        abort = AbortedError("the answer says so")
         try:
             end = kind.run(job)
-        except AbortedError:
-            end = ABORTED
+        except AbortedError as error:
+            end, abort = ABORTED, error
         except (SoakError, ValueError, LookupError, TypeError) as error:  # of whatever shape the answer is
-            record.fail(f"{kind.name}: {type(error).__name__}: {error}")
+            record.fail(kind.name, error, job.client)
             return
         finally:
             with record.lock:
                 record.running -= 1
         was_asked_for = kind.may_abort or aborts % 2 or aborts != record.aborts
         if end == ABORTED and not was_asked_for:
-            record.fail(f"{kind.name}: aborted, though nobody asked for it")
+            record.fail(
+                kind.name, AbortedError(f"aborted, though nobody asked for it: {abort}", abort.status), job.client
+            )
             return
         with record.lock:
             record.ends[kind.name, end] += 1
@@ -103,7 +131,7 @@ class Load:
             try:
                 operation(client, self.record)
             except SoakError as error:
-                self.record.fail(f"{operation.__name__}: {error}")
+                self.record.fail(operation.__name__, error, client)
                 continue
             self.record.operations[operation.__name__.replace("_", " ")] += 1
 

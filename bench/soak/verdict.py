@@ -26,7 +26,11 @@ class Check:
 
 def check_requests(record: Record, still_waiting: int) -> Check:
     """Every request was answered or aborted as asked."""
-    seen = {"answered": sum(record.ends.values()), "failures": record.failures[:5], "without answer": still_waiting}
+    seen = {
+        "answered": sum(record.ends.values()),
+        "failures": [str(failure) for failure in record.failures[:5]],
+        "without answer": still_waiting,
+    }
     return Check(check_requests.__doc__ or "", not record.failures and not still_waiting, seen)
 
 
