@@ -39,6 +39,17 @@ class Admission:
         or when one of them ends or is preempted."""
         return AdmissionPass(self, running)
 
+    def refusal(self, req: Request) -> str | None:
+        """Why `req` can never start; None if it can.
+
+        Before a prefill SGLang asks for the prompt and one page more, from the tree or free. What has more than the
+        whole pool would wait for ever, and with it everything that is queued behind.
+        """
+        num, most = len(req.origin_input_ids), self.layout.num_slots - 2 * self.layout.page_size - 1  # page 0 pads
+        if num <= most:
+            return None
+        return f"the prompt has {num} tokens; the KV pool of this server takes prompts of up to {most}"
+
     def running_outlooks(self, running: Sequence[Request]) -> tuple[NDArray[np.float64], int]:
         """Their outlooks, [N, 8], and the tokens that stay free at the peak: a condense event must be able to copy
         before it frees.

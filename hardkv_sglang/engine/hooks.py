@@ -55,6 +55,7 @@ def before_add_request_to_queue(hardkv: Attachment, _scheduler: Any, req: Reques
     if compat.is_ending(req):
         return
     problem = override_error(compat.custom_params(req)) or compat.refused_sampling(req)
+    problem = problem or hardkv.runtime.admission.refusal(req)
     if problem is not None:
         req.set_finish_with_abort(problem)
 
@@ -151,7 +152,7 @@ RUNTIME_HOOKS = (
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
-        HookType.BEFORE, before_add_request_to_queue, "refuse a malformed per-request override",
+        HookType.BEFORE, before_add_request_to_queue, "refuse a malformed override, and what could never start",
     ),
     Hook(
         "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode",

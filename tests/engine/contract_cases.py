@@ -376,6 +376,28 @@ def a_refusal_is_queued_as_sglang_queues_its_own() -> None:
             assert req.to_finish.message == "first"
 
 
+def what_could_never_start_is_refused() -> None:
+    """_add_request_to_queue: SGLang refuses nothing after this, and its adder would turn the request down for ever."""
+    from sglang.srt.runtime_context import get_parallel
+
+    pool_tokens = NUM_PAGES * PAGE
+    lengths = (pool_tokens - 2 * PAGE, pool_tokens - PAGE - 1, pool_tokens - PAGE, pool_tokens - 1)
+    for cached_pages, length in itertools.product((0, 3), lengths):
+        world, prompt = World(), list(range(length))
+        world.leave_in_tree(prompt[: cached_pages * PAGE])
+        req = world.request("a", prompt)
+        req.init_next_round_input(world.tree)
+        adder = PrefillAdder(PAGE, world.tree, world.allocator, SimpleNamespace(reqs=[]), 0.7, 16384, 8192)
+        with compat.without_output_reservation():
+            adder.add_one_req(req, False, None)
+        never = not adder.can_run_list
+        with get_parallel().override(tp_rank=0):
+            hooks.before_add_request_to_queue(world.hardkv, None, req)
+        assert never is (length >= pool_tokens - PAGE)
+        assert (req.to_finish is not None) is never
+        assert not never or f"{length} tokens" in req.to_finish.message
+
+
 def finished_requests_are_sums_unless_asked_for() -> None:
     """get_internal_state: by default nobody's id or length is shown; ids in reports have a bounded length."""
     prompt, output = prompt_and_output(40)
@@ -406,6 +428,7 @@ CASES = (
     idle_check_survives_deep_trees,
     idle_check_ends_the_server_in_strict_mode_only,
     a_refusal_is_queued_as_sglang_queues_its_own,
+    what_could_never_start_is_refused,
     finished_requests_are_sums_unless_asked_for,
 )
 
