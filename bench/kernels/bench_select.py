@@ -46,7 +46,7 @@ def make_event(inputs: Inputs) -> tuple[EventExecutor, SelectOp]:
     bound = int(tables.num_condensed[:, 1].max())
     seq_len = SPAN + RECENT
     op = SelectOp(
-        state=RequestState(1, 0, 0, 0, seq_len, seq_len), row=1,
+        state=RequestState(1, 0, 0, 0, seq_len), row=1,
         prefix_end=0, condensed_end=0, old_recent_start=0, recent_start=SPAN,
         first_query=seq_len - cfg.options.query_window, seq_len=seq_len, condensed_list_bound=bound,
         recalibrate=False, ring_slot=0,

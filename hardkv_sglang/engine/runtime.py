@@ -145,9 +145,11 @@ class HardKVRuntime:
             self.planner.forget(state)
             return
         allocated = compat.allocated_len(req)
-        if state.is_compressed:
-            report = RequestReport.of(req.rid, state, compat.settled_len(req), self.cfg.layout.page_size)
-            self.statistics.count_end(report)
+        if state.is_compressed and req.finished():
+            num_tokens, num_prompt = compat.settled_len(req), len(req.origin_input_ids)
+            self.statistics.count_end(
+                RequestReport.of(req.rid, state, num_tokens, num_prompt, self.cfg.layout.page_size)
+            )
         left = self.planner.release(state, allocated, self._allocator(tree_cache))
         if left != allocated:
             compat.truncate_kv(req, left)

@@ -66,7 +66,7 @@ class EventExecutor:
         Every tensor-parallel rank must call it; leaves the row as it was.
         """
         page, row, device = self.memory.layout.page_size, 0, self.memory.req_to_token.device
-        state = RequestState(row, 0, 0, 0, 0, 0)
+        state = RequestState(row, 0, 0, 0, 0)
         select = SelectOp(
             state=state, row=row, prefix_end=0, condensed_end=0, old_recent_start=0, recent_start=page, first_query=0,
             seq_len=self.memory.cfg.options.query_window, condensed_list_bound=page, recalibrate=True, ring_slot=0,

@@ -47,7 +47,7 @@ class LifecyclePlanner:
         prompt_len: tokens of the prompt; protected_len: tokens that the radix tree owns; seq_len: tokens with KV.
         """
         prefix_end = self.cfg.layout.page_ceil(max(prompt_len, protected_len))
-        state = RequestState(row, prefix_end, prefix_end, prefix_end, seq_len, 0)
+        state = RequestState(row, prefix_end, prefix_end, prefix_end, 0)
         state.observe_from = self.schedule.observe_from(state, seq_len)
         self._enter(state)
         return state
@@ -55,7 +55,7 @@ class LifecyclePlanner:
     def expect(self, row: int, prompt_len: int, seq_len: int, stays_dense: bool) -> None:
         """Enter a request into the table that has not decoded yet, or never will under compression."""
         prefix_end = self.cfg.layout.page_ceil(prompt_len)
-        self.table.write_dense(RequestState(row, prefix_end, prefix_end, prefix_end, seq_len, seq_len), stays_dense)
+        self.table.write_dense(RequestState(row, prefix_end, prefix_end, prefix_end, seq_len), stays_dense)
 
     def _enter(self, state: RequestState) -> None:
         """After every change: when to look at the request again, and its row of the table."""

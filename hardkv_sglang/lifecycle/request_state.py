@@ -25,7 +25,6 @@ class RequestState:
     prefix_end: int
     condensed_end: int
     recent_start: int
-    decode_start: int  # position of the first decoded token: queries before it were never observed
     observe_from: int  # first position whose query counts for the next select event, or is to
     ring_slot: int | None = None  # where its queries are recorded; None while they are not
     condensed_slots: Any = None

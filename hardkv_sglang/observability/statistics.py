@@ -24,7 +24,7 @@ class RequestReport:
     rid: str
     num_tokens: int
     decoded_tokens: int
-    select_events: int
+    select_events: int  # since its last prefill: a retraction starts anew
     condense_events: int
     dense_pages: int  # token pages that the request would hold uncompressed
     held_pages: int  # token pages that it held when it finished
@@ -34,7 +34,9 @@ class RequestReport:
     kept_max: int
 
     @classmethod
-    def of(cls, rid: str, state: RequestState, num_tokens: int, page_size: int) -> RequestReport:
+    def of(
+        cls, rid: str, state: RequestState, num_tokens: int, num_prompt_tokens: int, page_size: int
+    ) -> RequestReport:
         """Report of a request with `num_tokens` tokens of KV, just before its release."""
         dense_pages = -(-num_tokens // page_size)
         freed = (state.condensed_end - state.prefix_end) // page_size
@@ -43,7 +45,7 @@ class RequestReport:
         return cls(
             rid=rid[:MOST_RID],
             num_tokens=num_tokens,
-            decoded_tokens=num_tokens - state.decode_start,
+            decoded_tokens=num_tokens - num_prompt_tokens,
             select_events=state.num_selects,
             condense_events=state.num_condenses,
             dense_pages=dense_pages,
@@ -110,7 +112,7 @@ class Statistics:
         self.allocated_pages += plan.allocated_pages
 
     def count_end(self, report: RequestReport) -> None:
-        """Add a request that ends after at least one event."""
+        """Add a request that ends, not one that is retracted, after at least one event."""
         self.finished.add(report)
         self.reports.append(report)
 

@@ -38,8 +38,8 @@ def snapshot(used_tokens: int) -> Snapshot:
 
 def server_state() -> dict[str, Any]:
     """What `/server_info` says of a server that compressed one request."""
-    state = RequestState(1, 32, 96, 160, 40, 0, num_condensed_pages=1, kept_counts=[8, 16], seq_len=200)
-    report = RequestReport.of("compressed-0", state, 200, PAGE)
+    state = RequestState(1, 32, 96, 160, 0, num_condensed_pages=1, kept_counts=[8, 16], seq_len=200)
+    report = RequestReport.of("compressed-0", state, 200, 40, PAGE)
     statistics = Statistics.keeping(8)
     statistics.select_events, statistics.condense_events = 2, 1
     statistics.freed_pages, statistics.allocated_pages = 4, 1

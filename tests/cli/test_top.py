@@ -33,7 +33,7 @@ sglang:num_retracted_requests_total{model_name="a b",tp_rank="1"} 1.0
 def replica() -> dict[str, Any]:
     """The `hardkv` block of one replica, from the classes that write it."""
     # 32 of 96 tokens past the prefix are condensed, to one page of 16
-    state = RequestState(1, 32, 64, 96, 32, 0, num_condensed_pages=1, seq_len=128)
+    state = RequestState(1, 32, 64, 96, 0, num_condensed_pages=1, seq_len=128)
     statistics = Statistics(select_events=4, condense_events=2, early_events=1, postponed_events=3, freed_pages=6)
     statistics.count_selection(candidate_tokens=100, kept_tokens=25.0, kept_mass=0.9, infeasible_lists=0)
     return {"running": Occupancy.of([state], 16).to_dict(), **statistics.to_dict()}

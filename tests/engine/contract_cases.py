@@ -16,7 +16,7 @@ from typing import Any
 
 import sglang_objects as stock
 import torch
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
@@ -137,6 +137,7 @@ class World:
     def release(self, req: Req, is_insert: bool = True) -> None:
         """As the end, an abort or a retraction (`is_insert` false) of a request."""
         self.running.remove(req)
+        req.finished_reason = FINISH_LENGTH(len(req.output_ids)) if is_insert else None
         hooks.before_release_kv_cache(self.hardkv, req, self.tree, is_insert)
         stock.stock_release(req, self.tree, is_insert)
 
@@ -399,15 +400,18 @@ def what_could_never_start_is_refused() -> None:
 
 
 def finished_requests_are_sums_unless_asked_for() -> None:
-    """get_internal_state: by default nobody's id or length is shown; ids in reports have a bounded length."""
+    """get_internal_state: by default nobody's id or length is shown; ids in reports have a bounded length. A retracted
+    request has not ended."""
     prompt, output = prompt_and_output(40)
     for num_reports in (0, 2):
         world = World(options=OPTIONS.with_options(request_reports=num_reports))
         rids = ["secret-1", "secret-2", "secret-3" + "x" * 1_000_000]
         for rid in rids:
-            world.prefill(world.request(rid, prompt, output[:1]))
-            world.decode(200)
-            world.release(world.running[0])
+            req = world.request(rid, prompt, output[:1])
+            for ends in (False, True):
+                world.prefill(req)
+                world.decode(100)
+                world.release(req) if ends else world.retract(req)
         answer: Any = SimpleNamespace(internal_state={})
         hooks.after_get_internal_state(world.hardkv, answer, None, None)
         block = answer.internal_state["hardkv"]
@@ -415,7 +419,7 @@ def finished_requests_are_sums_unless_asked_for() -> None:
         assert len(block["requests"]) == num_reports
         assert len(text) < 10_000
         assert [rid[:8] in text for rid in rids] == [False, num_reports > 0, num_reports > 0]
-        assert block["finished"]["requests"] == 3
+        assert (block["finished"]["requests"], block["finished"]["decoded_tokens"]) == (3, 3 * 200)
         assert 0 < block["finished"]["held_pages"] < block["finished"]["dense_pages"]
 
 

@@ -96,7 +96,7 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     importance = measure_pooled(lists, lists.valid, queries, torch.zeros(4, 16 * group), 0.1)
     lists.value_distance(importance.mean)
     op = SelectOp(
-        state=RequestState(1, 32, 32, 64, 100, 100), row=1,
+        state=RequestState(1, 32, 32, 64, 100), row=1,
         prefix_end=32, condensed_end=32, old_recent_start=64, recent_start=96, first_query=100,
         seq_len=104, condensed_list_bound=40, recalibrate=False, ring_slot=0,
     )  # fmt: skip

@@ -102,7 +102,7 @@ def new_outlook(self: Admission, req: Any) -> Outlook:
 
 def _fresh_outlook(self: Admission, req: Any, seq_len: int, prompt: int, held: int) -> Outlook:
     prefix_end = _prefix_end(self, req)
-    state = RequestState(0, prefix_end, prefix_end, prefix_end, seq_len, seq_len)
+    state = RequestState(0, prefix_end, prefix_end, prefix_end, seq_len)
     stays_dense = is_opted_out(compat.custom_params(req))
     return Outlook(
         prompt=prompt,

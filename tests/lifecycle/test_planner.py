@@ -250,7 +250,7 @@ def test_the_next_select_event_is_the_first_that_may_drop(
     )
     schedule = make_planner(options).schedule
     end = (prefix + condensed) * PAGE
-    state = RequestState(1, prefix * PAGE, end, end + sparse * PAGE, 0, 0)
+    state = RequestState(1, prefix * PAGE, end, end + sparse * PAGE, 0)
     seq_len = state.recent_start + extra
     target = schedule.select_target(state, seq_len)
     is_full = target - end + schedule.select_span > schedule.cfg.max_sparse_span
