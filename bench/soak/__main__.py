@@ -52,6 +52,7 @@ DEVICE_FLAGS: dict[str, Flags] = {
 }  # fmt: skip
 CLIENTS = {"cpu": 10, "cuda": 64}
 MAX_OUTPUT = {"cpu": 320, "cuda": 1200}
+LAYERS = {"cpu": 8, "cuda": None}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -69,7 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pid", type=int, help="its process, for the check of memory")
     parser.add_argument("--device", choices=DEVICE_FLAGS, default=device, help="flags and load (default: %(default)s)")
     parser.add_argument("--model", default="demo", help="demo, a shape of bench/serving/dummy_models.py, or a folder")
-    parser.add_argument("--layers", type=int, help="run only the first layers")
+    parser.add_argument("--layers", type=int, help="run only the first layers (default: 8 on a CPU, else all)")
     parser.add_argument("--clients", type=int, help="requests at a time")
     parser.add_argument("--max-prompt", type=int, default=200, help="tokens (default: %(default)s)")
     parser.add_argument("--max-output", type=int, help="tokens")
@@ -81,6 +82,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.server_flags = parse_flags(flags)
     args.clients = args.clients or CLIENTS[args.device]
     args.max_output = args.max_output or MAX_OUTPUT[args.device]
+    args.layers = args.layers or LAYERS[args.device]
     return args
 
 

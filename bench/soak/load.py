@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.soak.client import AbortedError, Client, SoakError
-from bench.soak.kinds import ABORTED, Job, Kind
+from bench.soak.kinds import ABORTED, FINISHED, Job, Kind
 
 MAX_FAILURES = 20
 """After that many the load stops: the first ones explain more."""
@@ -50,6 +50,12 @@ class Record:
     def num_requests(self) -> int:
         """Requests that were answered, well or not."""
         return sum(self.ends.values()) + len(self.failures)
+
+    @property
+    def num_finished(self) -> int:
+        """Requests that nobody ended before their time."""
+        with self.lock:
+            return sum(number for (_, end), number in self.ends.items() if end == FINISHED)
 
     def fail(self, kind: str, error: Exception, client: Client) -> None:
         """Note and print something that must not happen; it was the client's last request."""
@@ -126,7 +132,7 @@ class Load:
         rng, client = random.Random(f"{self.seed} operator"), Client(self.url)
         operations = (pause_in_place, pause_by_retraction, flush, pause_and_abort, abort_everything)
         while not self.is_over:
-            time.sleep(min(rng.uniform(2, 15), max(0.0, self.deadline - time.monotonic())))
+            self._wait(rng.uniform(2, 15))
             operation = rng.choice(operations)
             try:
                 operation(client, self.record)
@@ -134,6 +140,16 @@ class Load:
                 self.record.fail(operation.__name__, error, client)
                 continue
             self.record.operations[operation.__name__.replace("_", " ")] += 1
+
+    def _wait(self, seconds: float) -> None:
+        """So long at least, and until as many requests have finished as there are clients: on a slow server, too, most
+        requests live to see their events."""
+        finished, start = self.record.num_finished, time.monotonic()
+        while not self.is_over:
+            enough = self.record.num_finished - finished >= self.num_clients
+            if enough and time.monotonic() - start >= seconds:
+                return
+            time.sleep(0.1)
 
 
 def pause_in_place(client: Client, _record: Record) -> None:
