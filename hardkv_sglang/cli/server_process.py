@@ -46,15 +46,16 @@ class ServerProcess:
 
         flags: without the leading dashes; True is a bare flag, None leaves a default out.
         """
+        self.model = model
         self.flags = dict(flags)
         self.log_path = log_path
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._process = self._launch(model, env)
+        self._process = self._launch(env)
         self._stopped = False
 
-    def _launch(self, model: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        self._arguments = ["--model-path", str(model), *command_line(self.flags)]
+    def _launch(self, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        self._arguments = ["--model-path", str(self.model), *command_line(self.flags)]
         command = [sys.executable, "-m", "sglang.launch_server", *self._arguments]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         if int(self.flags.get("dp-size") or 1) == 1:

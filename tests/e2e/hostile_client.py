@@ -11,6 +11,7 @@ from typing import Any
 import requests
 from e2e.compressed import prompt_ids
 from e2e.hostile_cases import Case
+from e2e.hostile_fields import SERVED_MODEL
 
 from hardkv_sglang.cli.server_process import ServerProcess as Server
 
@@ -43,7 +44,7 @@ def _post(server: Server, case: Case) -> str:
     try:
         reply = requests.post(
             server.url + case.path,
-            data=case.body.encode(),
+            data=case.body.replace(SERVED_MODEL, str(server.model)).encode(),
             headers={"content-type": "application/json"},
             timeout=ANSWER_TIMEOUT_S,
         )

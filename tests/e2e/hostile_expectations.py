@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 from e2e.hostile_cases import Case
-from e2e.hostile_fields import VOCABULARY
+from e2e.hostile_fields import SERVED_MODEL, VOCABULARY
 
 MOST_SAMPLES = 64
 TOP_LOGPROBS = ("top_logprobs_num", "top_logprobs", "logprobs")
@@ -151,6 +151,14 @@ ENDS_STOCK = (
         and any(n > 0 for name in ("min_new_tokens", "min_tokens") for n in numbers(fields, name)),
         "the penalty of stop tokens is an index into the logits",
         is_seen=False,
+    ),
+    Known(
+        "new weights with a flush, or at random",
+        lambda fields: fields.get("model_path") == SERVED_MODEL
+        and (fields.get("flush_cache") is not False or fields.get("load_format") == "dummy"),
+        "the update waits for the last answer, not for the step after it, and while paused for nothing: with anything "
+        "left in the scheduler, its assertion that the flush succeeded ends it; dummy weights make all answers random",
+        is_seen=True,
     ),
     Known(
         "unknown load format",

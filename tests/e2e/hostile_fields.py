@@ -9,6 +9,8 @@ from e2e.compressed import prompt_ids
 
 # a field that is not sent
 ABSENT: Any = object()
+# stands for the path of the model that the server has
+SERVED_MODEL = "SERVED MODEL"
 CONTEXT_LENGTH = 8192
 VOCABULARY = 49152
 DEEP = 400  # nested lists: as deep as a JSON parser allows and deeper than any Python recursion should go
@@ -215,8 +217,8 @@ PAUSE: Mapping[str, Sequence[Any]] = {
 }
 CONTINUE: Mapping[str, Sequence[Any]] = {"torch_empty_cache": FLAGS, "rid": RIDS, "unknown": JUNK}
 WEIGHTS: Mapping[str, Sequence[Any]] = {
-    "model_path": ("nowhere", "", "/", "../..", 5, None, ["x"], "x" * 10_000, "\x00"), "load_format": ("auto",
-    "dummy", "x", 5),
+    "model_path": (SERVED_MODEL, "nowhere", "", "/", "../..", 5, None, ["x"], "x" * 10_000, "\x00"),
+    "load_format": ("auto", "dummy", "x", 5),
     "abort_all_requests": FLAGS, "weight_version": RIDS, "is_async": FLAGS, "keep_pause": FLAGS, "flush_cache": FLAGS,
     "recapture_cuda_graph": FLAGS, "token_step": LENGTHS, "manifest": ({}, {"x": 1}, [], 5), "unknown": JUNK,
 }  # fmt: skip

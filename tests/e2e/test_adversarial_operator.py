@@ -69,10 +69,10 @@ def in_flight(server: Server) -> Iterator[Future[Any]]:
         yield future
 
 
-def update_weights(server: Server, model: Path) -> None:
+def update_weights(server: Server, model: Path, **options: Any) -> None:
     """The same weights once more, without a flush: while a step is still under way, SGLang ends itself when it shall
     flush, also after the answer to the last request was sent."""
-    body = {"model_path": str(model), "flush_cache": False}
+    body = {"model_path": str(model), "flush_cache": False, **options}
     assert '"success":true' in post(server, "/update_weights_from_disk", **body)
 
 
@@ -124,9 +124,22 @@ def test_paused_in_place_for_new_weights(server: Server, demo_model: Path, undis
         assert future.result()["output_ids"] == undisturbed
 
 
-def test_all_requests_are_aborted(server: Server, undisturbed: list[int]) -> None:
-    with in_flight(server) as future, paused(server, "abort"):
-        assert future.result()["meta_info"]["finish_reason"]["type"] == "abort"
+def test_new_weights_wait_for_a_request(server: Server, demo_model: Path, undisturbed: list[int]) -> None:
+    with in_flight(server) as future:
+        update_weights(server, demo_model)
+        assert future.result()["output_ids"] == undisturbed
+    check_answer(server, undisturbed)
+
+
+@pytest.mark.parametrize("by", ["pause", "update"])
+def test_all_requests_are_aborted(server: Server, demo_model: Path, undisturbed: list[int], by: str) -> None:
+    with in_flight(server) as future:
+        if by == "pause":
+            with paused(server, "abort"):
+                assert future.result()["meta_info"]["finish_reason"]["type"] == "abort"
+        else:
+            update_weights(server, demo_model, abort_all_requests=True)
+            assert future.result()["meta_info"]["finish_reason"]["type"] == "abort"
     check_answer(server, undisturbed)
 
 
