@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import sys
 import traceback
 from array import array
@@ -423,6 +424,27 @@ def finished_requests_are_sums_unless_asked_for() -> None:
         assert 0 < block["finished"]["held_pages"] < block["finished"]["dense_pages"]
 
 
+def shared_prefixes_are_named_or_missed_aloud() -> None:
+    world, heard = World(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger("hardkv_sglang").addHandler(handler)
+    system = range(100, 100 + 2 * PAGE)
+    first, second = (world.request(name, [*system, *tail]) for name, tail in (("a", range(40)), ("b", range(50, 90))))
+    world.prefill(first)
+    world.prefill(second)
+    for _ in range(2):
+        ours, theirs = compat.prefix_paths([first, second], world.tree)
+    core = getattr(world.tree, "tree_core", None)
+    if type(core).__name__ == "RustUnifiedTreeCore" and not hasattr(core, "collect_path_info"):  # 0.5.21
+        (warning,) = heard
+        assert "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python" in warning and not theirs
+        return
+    assert not heard
+    assert [end for node, end in ours if (node, end) in theirs] == [2 * PAGE]
+    assert [end for _, end in ours] == [end for _, end in theirs] == [2 * PAGE, 3 * PAGE]
+
+
 CASES = (
     retracted_request_keeps_what_the_tree_owned,
     release_leaves_exact_kv_only,
@@ -434,6 +456,7 @@ CASES = (
     a_refusal_is_queued_as_sglang_queues_its_own,
     what_could_never_start_is_refused,
     finished_requests_are_sums_unless_asked_for,
+    shared_prefixes_are_named_or_missed_aloud,
 )
 
 

@@ -11,13 +11,17 @@ Read on 0.5.17 to 0.5.23:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 
 from hardkv_sglang.engine.request import Request
+
+logger = logging.getLogger(__name__)
 
 Path = list[tuple[int, int]]
 """Nodes from the root down, without it: (node id, tokens up to the end of the node)."""
@@ -30,7 +34,7 @@ def prefix_node(req: Request) -> int | None:
 
 
 def prefix_paths(reqs: Sequence[Request], tree_cache: Any) -> list[Path]:
-    """The requests' paths in the radix tree; empty ones where this SGLang does not name them."""
+    """The requests' paths in the radix tree; empty ones, and a warning once, where this SGLang does not name them."""
     core = getattr(tree_cache, "tree_core", None)
     if core is None:
         return [_path_to(req.last_node) for req in reqs]
@@ -40,7 +44,17 @@ def prefix_paths(reqs: Sequence[Request], tree_cache: Any) -> list[Path]:
     try:
         return [_path_to(core.node_by_id(req.last_node)) for req in reqs]
     except NotImplementedError:
+        _warn_of_unnamed_paths()
         return [[] for _ in reqs]
+
+
+@cache
+def _warn_of_unnamed_paths() -> None:
+    """Once a process."""
+    logger.warning(
+        "HARD-KV: this SGLang's radix tree does not say which prefixes requests share, so each request reads its own. "
+        "Start with SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python, or serve with another release"
+    )
 
 
 def _path_to(node: Any) -> Path:
