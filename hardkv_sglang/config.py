@@ -23,7 +23,7 @@ def option(
     *,
     low: float | None = None,
     high: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str, ...] | tuple[int, ...] = (),
     optional: bool = False,
 ) -> Any:
     """Declare one user option: default, unit, one-line meaning and allowed values (both bounds included)."""
@@ -84,6 +84,12 @@ class HardKVConfig:
     max_tokens: int | None = option(
         4096, "tokens per KV head", "cap of the kept tokens; null lifts it",
         low=32, high=1 << 20, optional=True,
+    )  # fmt: skip
+    survivor_bits: int = option(
+        16, "bits",
+        "of a condensed element: 16 copies the pool's rows as they are; 8 and 4 quantise them when they are first "
+        "condensed (CPU only)",
+        choices=(16, 8, 4),
     )  # fmt: skip
     recent_tokens: int = option(256, "tokens", "newest tokens that are always attended", low=32, high=65536)
     query_window: int = option(64, "decode steps", "observation queries of a select event", low=1, high=256)
@@ -241,7 +247,7 @@ def describe_range(f: Field[Any]) -> str:
     """Allowed values of an option, for messages and docs/options.md."""
     meta = f.metadata
     if meta["choices"]:
-        return " | ".join(meta["choices"])
+        return " | ".join(map(str, meta["choices"]))
     if meta["low"] is None:
         return "JSON file or null"
     text = f"{meta['low']:g} .. {meta['high']:g}"
@@ -253,7 +259,7 @@ def _check_option(f: Field[Any], value: Any) -> None:
     if value is None and meta["optional"]:
         return
     if meta["choices"]:
-        if value not in meta["choices"]:
+        if value not in meta["choices"] or type(value) is not type(f.default):
             raise ValueError(f"{f.name}={brief(value)} is not one of: {describe_range(f)}")
         return
     if meta["low"] is None:

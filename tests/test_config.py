@@ -37,7 +37,7 @@ def test_table_is_written_in_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("f", fields(HardKVConfig), ids=lambda f: f.name)
 def test_every_option_is_checked(f: Any) -> None:
     meta = f.metadata
-    bad: list[Any] = ["no such choice"] if meta["choices"] else [12, True]
+    bad: list[Any] = ["no such choice", 4.0, [4], True] if meta["choices"] else [12, True]
     if meta["low"] is not None:
         bad = [meta["low"] - 1, meta["high"] + 1, "12", True]
     for value in bad:

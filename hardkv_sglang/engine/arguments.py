@@ -9,6 +9,7 @@ from typing import Any
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.refusals.models import refused_architecture
+from hardkv_sglang.engine.refusals.options import refused_options
 from hardkv_sglang.engine.refusals.server_flags import refused_server_flags
 from hardkv_sglang.selection.priors import Priors
 
@@ -86,8 +87,10 @@ def attached_options(server_args: Any) -> HardKVConfig | None:
 
 
 def refuse_unsupported(server_args: Any) -> None:
-    """Raise `ValueError` listing every server flag and kind of model that compression cannot work with."""
+    """Raise `ValueError` listing every server flag, option and kind of model that compression cannot work with."""
     flags, model_config = compat.resolved_flags(server_args), compat.model_config_of(server_args)
+    options = attached_options(server_args)
     problems = [*refused_server_flags(flags), *refused_architecture(model_config)]
+    problems += refused_options(options, flags) if options is not None else []
     if problems:
         raise ValueError("--kv-compression hardkv refuses to start:\n  " + "\n  ".join(problems))

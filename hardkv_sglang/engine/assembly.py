@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,11 +65,14 @@ def build_runtime(options: HardKVConfig, model_runner: Any) -> HardKVRuntime:
 
 
 def resolve_config(options: HardKVConfig, owner: Any, layout: PoolLayout, num_rows: int) -> ResolvedConfig:
-    """The options with the shapes of this rank's model and pool; owner: of the model, its config and server_args."""
+    """The options with the shapes of this rank's model and pool; owner: of the model, its config and server_args.
+
+    Raises `ValueError` for `survivor_bits` that pages of this size cannot hold.
+    """
     attention = compat.attention_layers(owner.model)[0]
     return ResolvedConfig(
         options=options,
-        layout=layout,
+        layout=replace(layout, survivor_bits=options.survivor_bits),
         num_q_heads=attention.tp_q_head_num,
         softmax_scale=attention.scaling,
         num_rows=num_rows,

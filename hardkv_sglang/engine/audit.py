@@ -56,7 +56,7 @@ class Audit:
     def _check_tables(self, state: RequestState) -> None:
         layout, tables = self.memory.layout, self.memory.tables
         counts = tables.num_condensed[:, state.row]
-        head_pages = int(head_pages_needed(counts, layout.page_size).sum())
+        head_pages = int(head_pages_needed(counts, layout.head_page_tokens).sum())
         held = state.num_condensed_pages
         # the maximum over the tensor-parallel ranks decides, so a rank may hold pages that it does not need
         if head_pages > held * layout.columns or (not self.is_parallel and head_pages <= (held - 1) * layout.columns):

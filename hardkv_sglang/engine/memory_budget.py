@@ -70,6 +70,7 @@ def _footprint(options: HardKVConfig, configurator: Any, capacity: int, tokens: 
         head_dim=attention[0].qk_head_dim,
         page_size=configurator.page_size,
         num_slots=capacity + configurator.page_size,
+        element_bytes=configurator.kv_cache_dtype.itemsize,
     )
     requests = compat.most_requests(configurator, tokens)
     cfg = resolve_config(options, configurator, layout, requests + 1)

@@ -128,9 +128,9 @@ class HardKVRuntime:
             counts = SettledCounts.read(report)
             self.planner.settle(state, counts.head_pages, counts.kept_tokens)
             # page-derived, so that admission decides the same on every rank
-            kept = counts.head_pages * self.cfg.layout.page_size / self.cfg.layout.columns
+            kept = counts.head_pages * self.cfg.layout.head_page_tokens / self.cfg.layout.columns
             span = report.op.recent_start - report.op.condensed_end
-            candidates = span + state.num_condensed_pages * self.cfg.layout.page_size
+            candidates = span + state.num_condensed_pages * self.cfg.layout.head_page_tokens
             self.statistics.count_selection(candidates, kept, counts.kept_mass, counts.infeasible_lists)
 
     def release(self, req: Request, tree_cache: Any) -> None:

@@ -56,7 +56,7 @@ class EventExecutor:
         self.tp_group = tp_group
         self.priors = priors  # [L, H] float32
         self.operations = operations_for(memory)
-        self.policy = make_policy(memory.cfg.options, memory.layout.page_size, self.operations.bound_counts)
+        self.policy = make_policy(memory.cfg.options, memory.layout.head_page_tokens, self.operations.bound_counts)
         self.reader = CandidateReader(memory, self.policy)
         self.scorer = make_scorer(self.reader)
 
@@ -89,9 +89,7 @@ class EventExecutor:
         self.memory.tables.ring_slot[op.row].fill_(op.ring_slot)
 
     def _condense(self, ops: list[CondenseOp]) -> None:
-        page_size = self.memory.layout.page_size
-        pages = [op.slots[::page_size] // page_size for op in ops]
-        self.operations.condense(self.memory, [op.row for op in ops], pages)
+        self.operations.condense(self.memory, ops)
         for op in ops:
             # the freed slots may be someone else's from this step on: a stray reader must hit the padding page
             self.memory.req_to_token[op.row, op.start : op.end].fill_(0)
@@ -101,7 +99,7 @@ class EventExecutor:
         temperature = None if op.recalibrate else self.memory.tables.temperature[:, op.row].flatten()
         selection = self.policy.choose(self.scorer.score(op), temperature)
         num_kept = self.operations.publish(self.memory.tables, op, selection.keep, selection.temperature)
-        head_pages = head_pages_needed(num_kept, layout.page_size).sum(dtype=torch.int32).view(1)
+        head_pages = head_pages_needed(num_kept, layout.head_page_tokens).sum(dtype=torch.int32).view(1)
         if self.tp_group is not None:
             torch.distributed.all_reduce(head_pages, torch.distributed.ReduceOp.MAX, group=self.tp_group)
         infeasible = selection.infeasible.sum(dtype=torch.int32).view(1)

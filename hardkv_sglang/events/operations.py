@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hardkv_sglang.kernels import reference_condense, reference_publish
-from hardkv_sglang.lifecycle.step_plan import SelectOp
+from hardkv_sglang.lifecycle.step_plan import CondenseOp, SelectOp
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.tables import DeviceTables
 from hardkv_sglang.selection.top_p import BoundCounts, bound_counts
@@ -22,8 +22,8 @@ class Operations:
     """Floor, cap and page filling of the kept sets."""
     publish: Callable[[DeviceTables, SelectOp, torch.Tensor, torch.Tensor], torch.Tensor]
     """See `reference_publish.publish`."""
-    condense: Callable[[RankMemory, list[int], list[torch.Tensor]], None]
-    """`condense(memory, rows, pages)`: move the survivors of each row to its new token pages ([P] each)."""
+    condense: Callable[[RankMemory, list[CondenseOp]], None]
+    """Move the survivors of each op's row to its new token pages."""
 
 
 def operations_for(memory: RankMemory) -> Operations:
@@ -36,17 +36,26 @@ def operations_for(memory: RankMemory) -> Operations:
     return Operations(bound_on_gpu, publish_on_gpu, _condense_on_gpu)
 
 
-def _condense_in_torch(memory: RankMemory, rows: list[int], pages: list[torch.Tensor]) -> None:
+def _condense_in_torch(memory: RankMemory, ops: list[CondenseOp]) -> None:
     m = memory
-    for row, new_pages in zip(rows, pages, strict=True):
-        reference_condense.condense(m.k_storage, m.v_storage, m.layout, m.tables, m.req_to_token, row, new_pages)
+    for op in ops:
+        reference_condense.condense(
+            m.k_storage, m.v_storage, m.layout, m.tables, m.req_to_token, op.row, _pages(memory, op), op.is_first
+        )
 
 
-def _condense_on_gpu(memory: RankMemory, rows: list[int], pages: list[torch.Tensor]) -> None:
+def _condense_on_gpu(memory: RankMemory, ops: list[CondenseOp]) -> None:
     from hardkv_sglang.kernels.condense import condense
 
     m = memory
-    on_host = torch.tensor(rows, device="cpu", pin_memory=True)
-    new_pages = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
+    on_host = torch.tensor([op.row for op in ops], device="cpu", pin_memory=True)
+    new_pages = torch.nn.utils.rnn.pad_sequence([_pages(memory, op) for op in ops], batch_first=True)
     on_device = on_host.to(m.req_to_token.device, non_blocking=True)
     condense(m.k_storage, m.v_storage, m.layout, m.tables, m.req_to_token, on_device, new_pages)
+
+
+def _pages(memory: RankMemory, op: CondenseOp) -> torch.Tensor:
+    """Token pages [P] that the op copies into."""
+    page_size = memory.layout.page_size
+    pages: torch.Tensor = op.slots[::page_size] // page_size
+    return pages

@@ -10,6 +10,7 @@ import math
 import torch
 
 from hardkv_sglang.kernels import EMPTY_LSE2
+from hardkv_sglang.kernels.reference_packed import read_lists
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
@@ -83,7 +84,7 @@ def dense_decode(
 def ragged_rows(
     layout: PoolLayout, tables: DeviceTables, req_to_token: torch.Tensor, layer: int, row: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Storage rows of the condensed and sparse tokens of one (layer, row), head by head.
+    """Storage rows of the condensed and sparse tokens of one (layer, row), head by head; packed tokens have none.
 
     Returns rows [H, N] int64 (list h in its first `counts[h]` entries, condensed before sparse, ascending
     positions; the rest is row 0 of the storage) and counts [H] int64.
@@ -97,6 +98,8 @@ def ragged_rows_of_layers(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [l, H, N] and counts [l, H] of some layers, N being the longest list."""
     num_condensed = tables.num_condensed[layers, row].long()[..., None]  # [l, H, 1]
+    if layout.survivors.is_packed:
+        num_condensed = torch.zeros_like(num_condensed)
     counts = num_condensed + tables.num_sparse[layers, row].long()[..., None]
     index = torch.arange(int(counts.max()), device=counts.device).expand(*counts.shape[:2], -1)
     condensed = layout.condensed_rows(
@@ -126,8 +129,15 @@ def ragged_decode(
 ) -> State:
     """Attention of one query token over the condensed and sparse tiers of its request.
 
-    q: [HQ, D]; k_storage, v_storage: [L, S, H, D], the whole pool.
+    q: [HQ, D]; k_storage, v_storage: [L, S, H, D], the whole pool, of its own type where survivors are packed.
     """
     rows, counts = ragged_rows(layout, tables, req_to_token, layer, row)
     k, v = (s.view(-1, q.shape[-1])[rows] for s in (k_storage, v_storage))
-    return attend(q, k, v, counts, scale)
+    state = attend(q, k, v, counts, scale)
+    if not layout.survivors.is_packed:
+        return state
+    counts = tables.num_condensed[layer, row]
+    index = torch.arange(int(counts.max()), device=q.device).expand(1, counts.numel(), -1)
+    kind = torch.promote_types(q.dtype, torch.float32)
+    k, v = read_lists(k_storage, v_storage, layout, tables, slice(layer, layer + 1), row, index, kind)
+    return merge_states(attend(q, k[0], v[0], counts, scale), state)

@@ -12,28 +12,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PRIOR_SHARE = 0.7  # share of aged tokens that condensed pages hold, before this server has measured it: cautious
+PRIOR_SHARE = 0.7  # share of aged tokens that survive, before this server has measured it: cautious
 PRIOR_EVENTS = 2  # select events that an age's prior stands for
 SHARE_MEMORY = 256  # select events over which the share of an age is averaged
 LENGTH_MEMORY = 1024  # finished requests after which the older half counts half
 
 
 class KeptShare:
-    """Running average of the tokens that survivors occupy in whole pages, per token that left the recent window.
+    """Running average of the pool tokens that survivors occupy in whole pages, per token that left the recent window.
 
     By age, in select intervals: where a cap binds, old requests keep a smaller share than young ones, and one average
     over both would promise memory that young ones do not give back. An age starts with the share of the next younger
-    one, the youngest with `PRIOR_SHARE`.
+    one, the youngest with `prior`.
     """
 
-    def __init__(self, span: int) -> None:
+    def __init__(self, span: int, prior: float = PRIOR_SHARE) -> None:
         self.span = span  # tokens of a select interval
+        self.prior = prior
         self._sums: list[float] = []  # of shares, by age
         self._events: list[float] = []
-        self.shares: NDArray[np.float64] = np.full(1, PRIOR_SHARE)  # by age
+        self.shares: NDArray[np.float64] = np.full(1, prior)  # by age
 
     def add(self, kept_tokens: int, aged_tokens: int) -> None:
-        """Count one settled select event."""
+        """Count one settled select event; kept_tokens: of the pool."""
         age = aged_tokens // self.span
         missing = max(0, age + 1 - len(self._sums))
         self._sums += [0.0] * missing
@@ -42,17 +43,17 @@ class KeptShare:
         self._sums[age] = self._sums[age] * memory + min(1.0, kept_tokens / aged_tokens)
         self._events[age] = self._events[age] * memory + 1
         self.shares = np.empty(len(self._sums))
-        share = PRIOR_SHARE
+        share = self.prior
         for i, (total, events) in enumerate(zip(self._sums, self._events, strict=True)):
             share = (share * PRIOR_EVENTS + total) / (PRIOR_EVENTS + events)
             self.shares[i] = share
 
     def share(self, aged_tokens: int) -> float:
-        """Share that a request with so many aged tokens is expected to keep."""
+        """Share of so many aged tokens that survivors are expected to occupy."""
         return float(self.shares[min(aged_tokens // self.span, len(self.shares) - 1)])
 
     def tokens(self, aged_tokens: NDArray[Any]) -> NDArray[Any]:
-        """Tokens that requests with so many aged tokens are expected to keep."""
+        """Pool tokens that survivors of so many aged tokens are expected to occupy."""
         ages = aged_tokens.astype(np.int64) // self.span
         return aged_tokens * self.shares[np.minimum(ages, len(self.shares) - 1)]
 

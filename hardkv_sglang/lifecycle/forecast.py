@@ -70,7 +70,8 @@ class UsageForecast:
             recent_tokens=options.recent_tokens,
             max_sparse_span=cfg.max_sparse_span,
             min_kept_tokens=cfg.min_kept_tokens,
-            max_condensed_tokens=cfg.max_condensed_tokens,
+            head_page_tokens=layout.head_page_tokens,
+            max_condensed_tokens=cfg.max_condensed_pages * layout.page_size,
         )
 
     def growth(self, outlooks: OutlookStack, kept: KeptShare, events_per_step: int) -> int:

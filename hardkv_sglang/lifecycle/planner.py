@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from hardkv_sglang.lifecycle.expectation import KeptShare
+from hardkv_sglang.lifecycle.expectation import PRIOR_SHARE, KeptShare
 from hardkv_sglang.lifecycle.request_state import RequestState, View
 from hardkv_sglang.lifecycle.request_table import RequestTable
 from hardkv_sglang.lifecycle.schedule import EventSchedule
@@ -38,7 +38,7 @@ class LifecyclePlanner:
         self.schedule = EventSchedule(cfg)
         self.table = RequestTable(self.schedule, cfg.num_rows)
         self.query_window = cfg.options.query_window
-        self.kept = KeptShare(self.schedule.select_span)  # of all requests so far
+        self.kept = KeptShare(self.schedule.select_span, cfg.pool_tokens(PRIOR_SHARE))  # of all requests so far
         self.free_ring_slots = list(range(cfg.num_ring_slots))
 
     def admit(self, row: int, prompt_len: int, protected_len: int, seq_len: int) -> RequestState:

@@ -37,6 +37,7 @@ class PressureRelief:
             recent_tokens=cfg.options.recent_tokens,
             max_sparse_span=cfg.max_sparse_span,
             min_kept_tokens=cfg.min_kept_tokens,
+            head_page_tokens=cfg.layout.head_page_tokens,
             max_condensed_pages=cfg.max_condensed_pages,
             share_span=planner.kept.span,
         )

@@ -80,11 +80,11 @@ class EventSchedule:
         return NEVER if state.ring_slot is None else state.observe_from + self.query_window
 
     def first_drop(self, state: RequestState) -> int:
-        """Least target with which a select event can drop anything: lists at their floor cannot shrink.
+        """Least target with which events can give back anything: lists at their floor cannot shrink, unless packed.
 
         Once the sparse tier is full, waiting helps no more, unless no list can ever outgrow its floor.
         """
-        if self.cfg.options.min_freed_pages == 0:
+        if self.cfg.options.min_freed_pages == 0 or self.cfg.layout.survivors.is_packed:
             return 0
         floor = self.min_kept_tokens
         outgrown = state.prefix_end + floor + 1

@@ -56,6 +56,11 @@ class CondenseOp:
     start: int
     end: int
 
+    @property
+    def is_first(self) -> bool:
+        """Whether no token of the request was condensed before."""
+        return self.start == self.state.prefix_end
+
 
 @dataclass(frozen=True)
 class EarlyEvents:

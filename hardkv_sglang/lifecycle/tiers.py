@@ -54,6 +54,7 @@ class Bounds(NamedTuple):
     recent_tokens: int
     max_sparse_span: int
     min_kept_tokens: int
+    head_page_tokens: int  # condensed tokens of a head page
     max_condensed_pages: int
     share_span: int  # from one age of kept shares to the next
 
@@ -155,6 +156,6 @@ def _expected_survivors(of: Tiers, row: int, target: int, shares: Any, bounds: B
     """Token pages that survivors of all before `target` are expected to need."""
     aged = target - of.prefix_end[row]
     share = shares[min(aged // bounds.share_span, len(shares) - 1)]
-    expected = max(int(share * aged), min(aged, bounds.min_kept_tokens))
-    pages = max(-(-expected // bounds.page_size), of.condensed_pages[row])
+    floor = -(-min(aged, bounds.min_kept_tokens) // bounds.head_page_tokens)
+    pages = max(-(-int(share * aged) // bounds.page_size), floor, of.condensed_pages[row])
     return min(pages, bounds.max_condensed_pages)

@@ -40,7 +40,8 @@ class Rules(NamedTuple):
     recent_tokens: int
     max_sparse_span: int
     min_kept_tokens: int
-    max_condensed_tokens: int
+    head_page_tokens: int  # condensed tokens that take as much as `page_size` tokens of the pool
+    max_condensed_tokens: int  # of the pool
 
 
 @compiled
@@ -171,9 +172,11 @@ def _events(of: Any, first: float, changes: Any, earlier: Any, shares: Any, shar
 
 @compiled
 def _survivors(aged: float, condensed: float, shares: Any, share_span: int, rules: Rules) -> float:
-    """Tokens that are expected to survive of `aged` ones; no event drops what an earlier one has condensed."""
+    """Pool tokens that survivors of `aged` tokens are expected to take; no event drops what an earlier one has
+    condensed."""
     share = shares[min(int(aged) // share_span, len(shares) - 1)]
-    kept = max(share * aged, min(aged, float(rules.min_kept_tokens)))
+    floor = min(aged, float(rules.min_kept_tokens)) * rules.page_size / rules.head_page_tokens
+    kept = max(share * aged, floor)
     return max(condensed, min(kept, float(rules.max_condensed_tokens)))
 
 

@@ -39,4 +39,5 @@ class HeadPagedTokenToKVPool(MHATokenToKVPool):
     def head_page_layout(self) -> PoolLayout:
         """Shapes of the storage, for head-page addressing."""
         num_layers, num_slots, num_heads, head_dim = self.k_storage.shape
-        return PoolLayout(num_layers, num_heads, head_dim, self.page_size, num_slots)
+        element_bytes = self.k_storage.element_size()
+        return PoolLayout(num_layers, num_heads, head_dim, self.page_size, num_slots, element_bytes=element_bytes)

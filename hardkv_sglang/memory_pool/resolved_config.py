@@ -11,7 +11,10 @@ from hardkv_sglang.memory_pool.layout import PoolLayout
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """`HardKVConfig` with the shapes of one rank's model and pool; every table size derives from it."""
+    """`HardKVConfig` with the shapes of one rank's model and pool; every table size derives from it.
+
+    Raises `ValueError` when options and layout disagree on the bits of survivors.
+    """
 
     options: HardKVConfig
     layout: PoolLayout
@@ -20,6 +23,12 @@ class ResolvedConfig:
     num_rows: int  # rows of req_to_token; row 0 pads CUDA-graph batches and stays empty
     max_context_len: int  # tokens
     min_shared_tokens: int | None = None  # the option, where this server can share prefixes at all; None: never
+
+    def __post_init__(self) -> None:
+        if self.layout.survivor_bits != self.options.survivor_bits:
+            raise ValueError(
+                f"survivor_bits={self.options.survivor_bits}, but the layout is of {self.layout.survivor_bits} bits"
+            )
 
     @property
     def group_size(self) -> int:
@@ -72,6 +81,10 @@ class ResolvedConfig:
         cap = self.options.max_tokens
         return context if cap is None else min(context, self.layout.page_ceil(cap))
 
+    def pool_tokens(self, condensed_tokens: float) -> float:
+        """Tokens of the pool that take as much memory as so many condensed ones."""
+        return condensed_tokens * self.layout.page_size / self.layout.head_page_tokens
+
     @property
     def max_list_tokens(self) -> int:
         """Most condensed and sparse tokens of one (layer, KV head) list."""
@@ -80,4 +93,4 @@ class ResolvedConfig:
     @property
     def max_condensed_pages(self) -> int:
         """Most token pages that one request owns for condensed KV."""
-        return self.max_condensed_tokens // self.layout.page_size
+        return -(-self.max_condensed_tokens // self.layout.head_page_tokens)

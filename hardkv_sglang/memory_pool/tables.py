@@ -39,6 +39,8 @@ class DeviceTables:
     lse2_ring: torch.Tensor  # [L, O, W, num_q_heads] float32, base-2 LSE over all attended tokens
     condensed_energy: torch.Tensor  # [L, R, H, C or 0] bfloat16, mean squared attention of condensed tokens so far
     dense_energy: torch.Tensor  # [L, R, H, E or 0] bfloat16, the same of the dense token at position % E
+    key_offset: torch.Tensor  # [L, R, H, D or 0] float32, of packed keys: subtracted before they are quantised
+    key_scale: torch.Tensor  # [L, R, H, D or 0] float32, of packed keys: what they are then divided by
     ring_slot: torch.Tensor  # [R] int32, where the backend records the row's queries; -1: nowhere
 
     @classmethod
@@ -73,6 +75,7 @@ def table_shapes(cfg: ResolvedConfig, dtype: torch.dtype) -> dict[str, tuple[tup
     """Shape and dtype of every table; `dtype` is that of the queries."""
     L, H, R = cfg.layout.num_layers, cfg.layout.num_kv_heads, cfg.num_rows
     W, HQ, D, S = cfg.options.query_window, cfg.num_q_heads, cfg.layout.head_dim, cfg.num_ring_slots
+    packed_dim = D if cfg.layout.survivors.is_packed else 0
     remembered = (cfg.max_condensed_tokens, cfg.remembered_span) if cfg.remembers else (0, 0)
     return {
         "prefix_end": ((R,), torch.int32),
@@ -88,6 +91,8 @@ def table_shapes(cfg: ResolvedConfig, dtype: torch.dtype) -> dict[str, tuple[tup
         "lse2_ring": ((L, S, W, HQ), torch.float32),
         "condensed_energy": ((L, R, H, remembered[0]), torch.bfloat16),
         "dense_energy": ((L, R, H, remembered[1]), torch.bfloat16),
+        "key_offset": ((L, R, H, packed_dim), torch.float32),
+        "key_scale": ((L, R, H, packed_dim), torch.float32),
         "ring_slot": ((R,), torch.int32),
     }
 

@@ -72,7 +72,7 @@ class Serving:
     condenses_after_retraction: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        layout = PoolLayout(2, 2, 64, PAGE, PAGE * (self.num_pages + 1))
+        layout = PoolLayout(2, 2, 64, PAGE, PAGE * (self.num_pages + 1), survivor_bits=self.options.survivor_bits)
         self.random = random.Random(self.seed)
         self.pool = PagePool(self.num_pages)
         self.planner = LifecyclePlanner(ResolvedConfig(self.options, layout, 4, 0.125, self.max_running + 1, 1 << 16))
@@ -199,7 +199,8 @@ class Serving:
         most = self.options.max_tokens or aged
         candidates = min(most, state.condensed_list_bound + state.sparse_span)
         counts = [min(candidates, self.kept_tokens(self.random, aged)) for _ in range(4)]
-        self.planner.settle(state, sum(-(-n // PAGE) for n in counts), counts)
+        per_page = self.planner.cfg.layout.head_page_tokens
+        self.planner.settle(state, sum(-(-n // per_page) for n in counts), counts)
 
     def check(self, views: list[View]) -> None:
         if "free" in self.pool.log:

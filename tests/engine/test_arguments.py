@@ -7,6 +7,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,32 @@ def test_refusals_come_with_the_launchers_check(command: list[str]) -> None:
     with pytest.raises(ValueError, match="--page-size") as error:
         args.check_server_args()
     assert "--enable-mixed-chunk" in str(error.value)
+
+
+@pytest.mark.parametrize(("bits", "device", "is_refused"), [(4, "cuda", True), (8, "cuda", True), (4, "cpu", False)])
+def test_fewer_bits_are_refused_on_a_gpu(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, bits: int, device: str, is_refused: bool
+) -> None:
+    options = json.dumps({"survivor_bits": bits})
+    args = prepare_server_args([*command, "--kv-compression", "hardkv", "--kv-compression-config", options])
+    flags = compat.resolve(args)
+    on_device = SimpleNamespace(device=device, attention_backend={"cuda": "flashinfer", "cpu": "torch_native"}[device])
+    monkeypatch.setattr(compat, "resolved_flags", lambda _: Overlaid(on_device, flags))
+    if not is_refused:
+        arguments.refuse_unsupported(args)
+        return
+    with pytest.raises(ValueError, match=rf"survivor_bits={bits}: .*leave out survivor_bits, or use --device cpu"):
+        arguments.refuse_unsupported(args)
+
+
+class Overlaid:
+    """Flags with some others in front of them."""
+
+    def __init__(self, front: object, behind: object) -> None:
+        self.front, self.behind = front, behind
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.front if hasattr(self.front, name) else self.behind, name)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ def configurator(requests: int, limit: int | None = None, device: str = "cuda") 
     """A Qwen3-8B shape."""
     layers = [RadixAttention(32, DIM, 0.1, num_kv_heads=HEADS, layer_id=i) for i in range(LAYERS)]
     return SimpleNamespace(
-        device=device, asked=requests, page_size=PAGE, model_dtype=torch.bfloat16, model=nn.Sequential(*layers),
+        device=device, asked=requests, page_size=PAGE, model_dtype=torch.bfloat16,
+        kv_cache_dtype=torch.bfloat16, model=nn.Sequential(*layers),
         model_config=SimpleNamespace(context_len=40960),
         server_args=SimpleNamespace(
             max_total_tokens=limit, disable_radix_cache=False, enable_deterministic_inference=False

@@ -19,10 +19,11 @@ from hardkv_sglang.events.executor import EventExecutor, SettledCounts
 from hardkv_sglang.events.scoring import PooledScorer, TorchScorer
 from hardkv_sglang.kernels import bound, publish, reference, reference_publish
 from hardkv_sglang.kernels.list_candidates import list_candidates
+from hardkv_sglang.kernels.reference_packed import read_lists
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.lifecycle.step_plan import SelectOp
-from hardkv_sglang.memory_pool.layout import PoolLayout
+from hardkv_sglang.memory_pool.layout import PoolLayout, head_pages_needed
 from hardkv_sglang.memory_pool.rank_memory import RankMemory
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
 from hardkv_sglang.memory_pool.tables import DeviceTables
@@ -70,7 +71,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.random = torch.Generator(DEVICE).manual_seed(self.seed)
-        self.layout = PoolLayout(L, H, D, PAGE, PAGE * 64)
+        self.layout = PoolLayout(L, H, D, PAGE, PAGE * 64, self.options.survivor_bits, element_bytes=4)
         self.cfg = ResolvedConfig(self.options, self.layout, H * G, SCALE, 3, 1024)
         self.tables = DeviceTables.allocate(self.cfg, torch.float32, DEVICE)
         self.k, self.v = (torch.full((L, self.layout.num_slots, H, D), math.nan) for _ in range(2))
@@ -83,6 +84,7 @@ class Simulation:
         self.executor = EventExecutor(memory, tp_group=None, priors=self.priors)
         self.keys, self.values = (torch.zeros(1024, L, H, D) for _ in range(2))  # by position
         self.attended = torch.zeros((1024, L, H), dtype=torch.bool)
+        self.rounded = torch.zeros((1024, L, H), dtype=torch.bool)
 
     def alloc_pages(self, num_pages: int) -> torch.Tensor | None:
         taken, self.free = self.free[:num_pages], self.free[num_pages:]
@@ -148,12 +150,8 @@ class Simulation:
     def check_condensed(self, end: int) -> None:
         """Condensed lists hold exactly the survivors, in order: found by their keys, which are all different."""
         for layer in range(L):
-            rows, counts = reference.ragged_rows(self.layout, self.tables, self.req_to_token, layer, ROW)
             for head in range(H):
-                held = self.k.view(-1, D)[rows[head, : counts[head]]]
-                same = (held[:, None] == self.keys[None, :end, layer, head]).all(-1)
-                assert (same.sum(1) == 1).all()
-                positions = same.int().argmax(1)
+                positions = self.positions_held(layer, head, end)
                 assert (positions.diff() > 0).all()
                 condensed = torch.zeros(end, dtype=torch.bool)
                 condensed[positions] = True
@@ -161,6 +159,33 @@ class Simulation:
                 # a condense event may drop condensed tokens, and must keep all listed sparse ones
                 assert not (condensed & ~self.attended[:end, layer, head]).any()
                 self.attended[prefix_end:end, layer, head] = condensed[prefix_end:]
+
+    def positions_held(self, layer: int, head: int, end: int) -> torch.Tensor:
+        """Of the condensed tokens of a list, which has no sparse ones."""
+        if self.layout.survivors.is_packed:
+            return self.packed_positions(layer, head, end)
+        rows, counts = reference.ragged_rows(self.layout, self.tables, self.req_to_token, layer, ROW)
+        held = self.k.view(-1, D)[rows[head, : counts[head]]]
+        same = (held[:, None] == self.keys[None, :end, layer, head]).all(-1)
+        assert (same.sum(1) == 1).all()
+        return same.int().argmax(1)
+
+    def packed_positions(self, layer: int, head: int, end: int) -> torch.Tensor:
+        """The same of packed tokens: the nearest, and from then on the memory holds what they were rounded to."""
+        count = int(self.tables.num_condensed[layer, ROW, head])
+        index = torch.arange(count).expand(1, H, -1)
+        held = read_lists(self.k, self.v, self.layout, self.tables, slice(layer, layer + 1), ROW, index)
+        keys, values = (x[0, head] for x in held)
+        distance = torch.cdist(keys, self.keys[:end, layer, head])
+        positions = distance.argmin(1)
+        assert (distance.amin(1) < 0.25 * D**0.5).all()
+        known = self.rounded[positions, layer, head]
+        for memory, rows in ((self.keys, keys), (self.values, values)):
+            # rounded once, and never again
+            assert torch.equal(memory[positions[known], layer, head], rows[known])
+            memory[positions, layer, head] = rows
+        self.rounded[positions, layer, head] = True
+        return positions
 
     def decode(self, layer: int, position: int) -> None:
         q, seq_len = self.normal(H * G, D) * 2, position + 1
@@ -221,6 +246,21 @@ def test_every_policy_runs_through_the_pool(options: dict[str, object]) -> None:
     assert simulation.condenses >= 1
     if "max_tokens" in options:
         assert max(state.kept_counts) <= 32
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="refused on a GPU")
+@pytest.mark.parametrize("options", [{}, {"metric": "rkv"}, {"policy": "streaming"}, {"top_p": 1.0}], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_survivors_are_attended_as_they_were_rounded(bits: int, options: dict[str, object]) -> None:
+    """Lists, attention, LSE and scores of packed tokens, which are quantised once."""
+    simulation = Simulation(OPTIONS.with_options(**{"top_p": 0.8, **options}, survivor_bits=bits), seed=bits)
+    state = simulation.run(33, 330)
+    assert simulation.condenses >= 3
+    assert simulation.rounded.any()
+    needed = head_pages_needed(simulation.tables.num_condensed[:, ROW], simulation.layout.head_page_tokens).sum()
+    assert state.num_condensed_pages == -(-int(needed) // (L * H))
+    in_own_slots = -(-(33 + 330) // PAGE) - (state.condensed_end - state.prefix_end) // PAGE
+    assert len(simulation.free) == 63 - in_own_slots - state.num_condensed_pages
 
 
 class CheckedScorer(PooledScorer):

@@ -15,8 +15,11 @@ import torch
 
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.kernels import reference
+from hardkv_sglang.kernels.packed_rows import PackedRows
+from hardkv_sglang.kernels.reference_packed import store
 from hardkv_sglang.memory_pool.layout import PoolLayout, head_pages_needed
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
+from hardkv_sglang.memory_pool.row_format import RowFormat
 from hardkv_sglang.memory_pool.tables import DeviceTables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +42,12 @@ class Case:
 
     def oracle(self, q: torch.Tensor, layer: int, row: int) -> reference.State:
         """Float64 state of one request over its lists. q: [HQ, D]."""
-        k, v = (x.double().nan_to_num(nan=0.0) for x in (self.k, self.v))
+        if self.layout.survivors.is_packed:
+            k, v = self.k.clone(), self.v.clone()  # their bytes must stay
+            for storage in (k, v):
+                storage[:, : self.layout.page_size] = 0  # behind a list's end the padding page is read
+        else:
+            k, v = (x.double().nan_to_num(nan=0.0) for x in (self.k, self.v))
         scale = self.cfg.softmax_scale
         return reference.ragged_decode(q.double(), k, v, self.layout, self.tables, self.req_to_token, layer, row, scale)
 
@@ -58,19 +66,21 @@ def build_case(
     page_size: int = 32,
     dtype: torch.dtype = torch.float32,
     spare_pages: int = 0,
+    survivor_bits: int = 16,
     seed: int = 0,
     device: str = DEVICE,
 ) -> Case:
     """Random pool and tables. num_condensed, num_sparse: [L, R, H] list lengths; row 0 must be empty."""
     g = torch.Generator().manual_seed(seed)
     L, R, H = num_condensed.shape
-    pages = head_pages_needed(num_condensed.long(), page_size).transpose(0, 1).reshape(R, L * H)
+    per_page = RowFormat(survivor_bits, head_dim, page_size, dtype.itemsize).tokens
+    pages = head_pages_needed(num_condensed.long(), per_page).transpose(0, 1).reshape(R, L * H)
     pages_per_row = -(-pages.sum(1) // (L * H))
     most = max(256, int((num_condensed + num_sparse).max()))
-    options = HardKVConfig(max_tokens=most, select_interval=128, remembered_weight=0.5)
+    options = HardKVConfig(max_tokens=most, select_interval=128, remembered_weight=0.5, survivor_bits=survivor_bits)
     span_pages = options.condense_interval // page_size + 2 * options.select_interval // page_size
     num_pages = 1 + int(pages_per_row.sum()) + R * span_pages + spare_pages
-    layout = PoolLayout(L, H, head_dim, page_size, num_pages * page_size)
+    layout = PoolLayout(L, H, head_dim, page_size, num_pages * page_size, survivor_bits, dtype.itemsize)
     cfg = ResolvedConfig(options, layout, H * group, head_dim**-0.5, R, 4096)
     tables = DeviceTables.allocate(cfg, dtype, "cpu")
     tables.num_condensed.copy_(num_condensed)
@@ -99,8 +109,23 @@ def build_case(
             used = used[torch.arange(used.shape[1])[None, :] < counts[:, None]]
             for storage in (k, v):
                 storage.view(-1, head_dim)[used] = torch.randn(used.numel(), head_dim, generator=g).to(dtype)
+    if layout.survivors.is_packed:
+        fill_packed(layout, tables, k, v, g)
     on_device = {name: getattr(tables, name).to(device) for name in vars(tables)}
     return Case(cfg, DeviceTables(**on_device), req_to_token.to(device), k.to(device), v.to(device), order.to(device))
+
+
+def fill_packed(layout: PoolLayout, tables: DeviceTables, k: torch.Tensor, v: torch.Tensor, g: torch.Generator) -> None:
+    """Random packed rows for all condensed tokens, and offsets and scales for all lists."""
+    tables.key_offset.copy_(torch.randn(tables.key_offset.shape, generator=g) * 5)
+    tables.key_scale.copy_(torch.rand(tables.key_scale.shape, generator=g) + 0.5)
+    for layer, row, head in tables.num_condensed.nonzero().tolist():
+        index = torch.arange(int(tables.num_condensed[layer, row, head]))
+        first = tables.first_page[layer, row, head].expand_as(index)
+        places = layout.packed_rows(tables.condensed_pages[row], first, index)
+        for storage in (k, v):
+            rows = torch.randn(len(index), layout.head_dim, generator=g)
+            store(storage, layout, places, PackedRows.quantise(rows, layout.survivor_bits))
 
 
 @pytest.fixture

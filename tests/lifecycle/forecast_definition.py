@@ -36,7 +36,8 @@ def peak_growth(self: UsageForecast, requests: Sequence[Outlook], kept: KeptShar
     freed_first = np.floor((dense + due - rules.recent_tokens) / rules.page_size) * rules.page_size
     freed = np.where(events > 0, freed_first.clip(0, rules.max_sparse_span) + (events - 1) * rules.span, 0)
     gone = aged + freed
-    expected_kept = np.maximum(kept.tokens(gone), np.minimum(gone, rules.min_kept_tokens))
+    floor = np.minimum(gone, rules.min_kept_tokens) * rules.page_size / rules.head_page_tokens
+    expected_kept = np.maximum(kept.tokens(gone), floor)
     survivors = np.maximum(condensed, np.minimum(expected_kept, rules.max_condensed_tokens))
     # with the slot of the step to come: requests of one length open their pages in the same step
     usage = prompt + _ceil(rules, dense + steps - freed + 1) + _ceil(rules, np.where(events > 0, survivors, condensed))

@@ -32,8 +32,9 @@ def survivors(self: PressureRelief, state: RequestState, seq_len: int) -> int:
 
 def expected_survivors(self: PressureRelief, state: RequestState, target: int) -> int:
     aged = target - state.prefix_end
-    expected = max(int(self.kept.share(aged) * aged), min(aged, self.cfg.min_kept_tokens))
-    pages = max(-(-expected // self.page_size), state.num_condensed_pages)
+    floor = -(-min(aged, self.cfg.min_kept_tokens) // self.cfg.layout.head_page_tokens)
+    expected = -(-int(self.kept.share(aged) * aged) // self.page_size)
+    pages = max(expected, floor, state.num_condensed_pages)
     return min(pages, self.cfg.max_condensed_pages)
 
 

@@ -41,8 +41,12 @@ def draw_outlook(rng: random.Random) -> Outlook:
 
 
 def draw_forecast(rng: random.Random) -> tuple[UsageForecast, KeptShare]:
-    options = HardKVConfig(select_interval=rng.choice((128, 512)), max_tokens=rng.choice((4096, 256, None)))
-    layout = PoolLayout(2, 2, 64, PAGE, PAGE * 1001)
+    options = HardKVConfig(
+        select_interval=rng.choice((128, 512)),
+        max_tokens=rng.choice((4096, 256, None)),
+        survivor_bits=rng.choice((16, 8, 4)),
+    )
+    layout = PoolLayout(2, 2, 64, PAGE, PAGE * 1001, survivor_bits=options.survivor_bits)
     forecast, kept = UsageForecast(ResolvedConfig(options, layout, 4, 0.125, 513, 40960)), KeptShare(512)
     for _ in range(rng.randrange(40)):
         aged = 512 * rng.randrange(1, 20)
@@ -99,8 +103,10 @@ class Compared:
 
 
 @pytest.mark.parametrize("lengths", ["equal", "known", "unknown"])
-@pytest.mark.parametrize("num_pages", [300, 800, 12000])
-def test_decisions_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch, lengths: str, num_pages: int) -> None:
+@pytest.mark.parametrize(("num_pages", "bits"), [(300, 16), (300, 4), (800, 16), (12000, 16)])
+def test_decisions_are_those_of_the_definition(
+    monkeypatch: pytest.MonkeyPatch, lengths: str, num_pages: int, bits: int
+) -> None:
     compared = Compared(monkeypatch)
     rng = random.Random(num_pages)
     requests = []
@@ -108,7 +114,8 @@ def test_decisions_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch, 
         num_output = 250 if lengths == "equal" else rng.randrange(1, 500)
         most = num_output if lengths != "unknown" else 2000
         requests.append(Request(str(i), rng.randrange(1, 400), num_output, most, ignore_eos=lengths != "unknown"))
-    serving = Serving(SHORT, num_pages, requests, lambda r, aged: int(max(8, r.uniform(0.1, 0.5) * aged)))
+    options = SHORT.with_options(survivor_bits=bits)
+    serving = Serving(options, num_pages, requests, lambda r, aged: int(max(8, r.uniform(0.1, 0.5) * aged)))
     serving.run()
     assert compared.decisions > 140
     assert compared.differences == 0

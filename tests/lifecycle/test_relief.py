@@ -54,15 +54,21 @@ class Compared:
         return answer
 
 
-@pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_choices_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch, top_p: float) -> None:
+@pytest.mark.parametrize(("top_p", "bits"), [(0.9, 16), (1.0, 16), (0.9, 4)])
+def test_choices_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch, top_p: float, bits: int) -> None:
     """In every stage of a request's life, some of them opted out, in a pool that is short of pages."""
     rng = random.Random(5)
     requests = [Request(str(i), rng.randrange(1, 150), 500, 500, ignore_eos=True) for i in range(30)]
     for req in requests[::9]:
         req.custom_params = {"kv_compression": "none"}
-    options = SHORT.with_options(top_p=top_p, max_tokens=96)
-    serving = Serving(options, 230, [], lambda r, aged: int(max(8, r.uniform(0.1, 1.0) * aged)), is_checked=True)
+    options = SHORT.with_options(top_p=top_p, max_tokens=96, survivor_bits=bits)
+    serving = Serving(
+        options,
+        230 if bits == 16 else 200,
+        [],
+        lambda r, aged: int(max(8, r.uniform(0.1, 1.0) * aged)),
+        is_checked=True,
+    )
     serving.force(requests)
     compared = Compared(serving, monkeypatch)
     serving.run()

@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from hardkv_sglang.kernels import reference
 from hardkv_sglang.kernels.cpu_attend import RaggedRows, attend
+from hardkv_sglang.kernels.cpu_packed import PackedBatch, PackedLists, attend_packed, join_packed
 from hardkv_sglang.kernels.cpu_rows import RequestLists, join_dense, join_lists
 from hardkv_sglang.lifecycle.prefix_groups import PrefixGroup
 from hardkv_sglang.memory_pool.resolved_config import ResolvedConfig
@@ -25,7 +26,9 @@ class TieredStep:
     in_batch: torch.Tensor  # [A] int64, their index in the batch
     compressed: torch.Tensor  # [C] int64, those of A that are compressed; stock attention serves the others
     dense: RaggedRows  # of A * HQ queries, in the storage of one layer
-    lists: list[RaggedRows]  # by layer, condensed and sparse, in the whole storage
+    lists: list[RaggedRows]  # by layer, condensed (unless packed) and sparse, in the whole storage
+    packed: list[PackedBatch]  # by layer, condensed; empty where survivors are not packed
+    rows: torch.Tensor  # [A] int64, their request rows
     recorded: torch.Tensor  # [O] int64, those of A whose query and LSE are recorded
     ring_slot: torch.Tensor  # [O] int64
     ring_index: torch.Tensor  # [O] int64
@@ -40,7 +43,8 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
     hardkv_step: TieredStep | None  # None: stock attention serves all requests
     hardkv_stock_requests: list[int]  # which it serves otherwise, by their index in the batch
     hardkv_lists: dict[int, RequestLists]  # by request row, of the last step's requests
-    hardkv_joined: tuple[tuple[int, ...], list[RaggedRows]]  # lists of these request rows, by layer
+    hardkv_packed: dict[int, PackedLists]  # the same of packed survivors
+    hardkv_joined: tuple[tuple[int, ...], list[RaggedRows], list[PackedBatch]]  # lists of these request rows, by layer
 
     def attach_hardkv(self, cfg: ResolvedConfig, tables: DeviceTables, max_batch: int) -> None:
         """See `backends.TieredBackend`."""
@@ -49,7 +53,8 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         self.hardkv_step = None
         self.hardkv_stock_requests = []
         self.hardkv_lists = {}
-        self.hardkv_joined = (), []
+        self.hardkv_packed = {}
+        self.hardkv_joined = (), [], []
 
     @property
     def workspace_bytes(self) -> int:
@@ -60,7 +65,8 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         """See `backends.TieredBackend`."""
         for row in rows:
             self.hardkv_lists.pop(row, None)
-        self.hardkv_joined = (), []
+            self.hardkv_packed.pop(row, None)
+        self.hardkv_joined = (), [], []
 
     def set_aged_tokens(self, aged: torch.Tensor) -> None:
         """Nothing to do: this backend plans on the device's own tables."""
@@ -78,6 +84,7 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         ring_slot = self.hardkv_tables.ring_slot.index_select(0, rows)
         in_use = rows.tolist()
         self.hardkv_lists = {row: self.hardkv_lists[row] for row in in_use if row in self.hardkv_lists}
+        self.hardkv_packed = {row: self.hardkv_packed[row] for row in in_use if row in self.hardkv_packed}
         self.hardkv_stock_requests = (~is_compressed).nonzero().flatten().tolist()
         tiered = (is_compressed | (ring_slot >= 0)).nonzero().flatten()
         self.hardkv_step = (
@@ -98,11 +105,14 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
     ) -> TieredStep:
         """All arguments: [A], one element per request that stock attention does not serve alone."""
         recorded = (ring_slot >= 0).nonzero().flatten()
+        lists, packed = self._join_lists(tuple(rows.tolist()))
         return TieredStep(
             in_batch=in_batch,
             compressed=is_compressed.nonzero().flatten(),
             dense=self._join_dense(rows.tolist(), seq_lens.tolist()),
-            lists=self._join_lists(tuple(rows.tolist())),
+            lists=lists,
+            packed=packed,
+            rows=rows,
             recorded=recorded,
             ring_slot=ring_slot[recorded].long(),
             ring_index=(seq_lens[recorded] - 1) % self.hardkv_cfg.options.query_window,
@@ -122,16 +132,20 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         slots = [reference.dense_slots(req_to_token, tables, row, seq_len) for row, seq_len in requests]
         return join_dense(slots, self.hardkv_cfg.layout, self._group, self._attention_dtype)
 
-    def _join_lists(self, rows: tuple[int, ...]) -> list[RaggedRows]:
+    def _join_lists(self, rows: tuple[int, ...]) -> tuple[list[RaggedRows], list[PackedBatch]]:
         """Lists of these request rows, which are read again only after an event and joined for another batch."""
         if self.hardkv_joined[0] != rows:
             layout, req_to_token = self.hardkv_cfg.layout, self.req_to_token_pool.req_to_token
+            is_packed, kind = layout.survivors.is_packed, self._attention_dtype
             for row in rows:
                 if row not in self.hardkv_lists:
                     self.hardkv_lists[row] = RequestLists.read(layout, self.hardkv_tables, req_to_token, row)
-            lists = [self.hardkv_lists[row] for row in rows]
-            self.hardkv_joined = rows, join_lists(lists, layout, self._group, self._attention_dtype)
-        return self.hardkv_joined[1]
+                    if is_packed:
+                        self.hardkv_packed[row] = PackedLists.read(layout, self.hardkv_tables, row)
+            lists = join_lists([self.hardkv_lists[row] for row in rows], layout, self._group, kind)
+            packed = [self.hardkv_packed[row] for row in rows] if is_packed else []
+            self.hardkv_joined = rows, lists, join_packed(packed, self._group, kind) if packed else []
+        return self.hardkv_joined[1:]
 
     def forward_decode(
         self,
@@ -179,6 +193,12 @@ class HardKVTorchNativeBackend(TorchNativeAttnBackend):
         k_rows, v_rows = (x.view(x.shape[0], -1, x.shape[-1]) for x in (pool.k_storage, pool.v_storage))
         dense = attend(flat, k_rows[index], v_rows[index], step.dense, scale)
         lists = attend(flat, k_rows.flatten(0, 1), v_rows.flatten(0, 1), step.lists[index], scale)
+        if step.packed:
+            condensed = attend_packed(
+                q, pool.k_storage, pool.v_storage, self.hardkv_cfg.layout, tables, index, step.rows,
+                step.packed[index], scale,
+            )  # fmt: skip
+            lists = reference.merge_states(condensed, lists)
         tiers, lse2 = reference.merge_states(dense, lists)
         o[step.in_batch[step.compressed]] = tiers.view(q.shape)[step.compressed].to(o.dtype)
         tables.query_ring[index, step.ring_slot, step.ring_index] = q[step.recorded]

@@ -17,6 +17,7 @@ from hardkv_sglang.engine.arguments import attached_options
 from hardkv_sglang.engine.preflight import OK, REFUSED, WARN, Finding
 from hardkv_sglang.engine.preflight.memory import inspect_memory
 from hardkv_sglang.engine.refusals.models import KERNEL_HEAD_SIZES, refused_model
+from hardkv_sglang.engine.refusals.options import refused_options
 from hardkv_sglang.engine.refusals.server_flags import refused_server_flags
 from hardkv_sglang.selection.priors import PriorsError, check_options, load_priors
 
@@ -92,8 +93,11 @@ def resolve(flags: Sequence[str]) -> Any:
 
 
 def refused_flags(server_args: Any) -> list[Finding]:
-    """Our refusals of flags and environment variables."""
-    return [Finding.refused("flags", message) for message in refused_server_flags(compat.resolved_flags(server_args))]
+    """Our refusals of flags, environment variables and options."""
+    in_effect, options = compat.resolved_flags(server_args), attached_options(server_args)
+    messages = refused_server_flags(in_effect)
+    messages += refused_options(options, in_effect) if options is not None else []
+    return [Finding.refused("flags", message) for message in messages]
 
 
 def inspect_flags(server_args: Any) -> list[Finding]:

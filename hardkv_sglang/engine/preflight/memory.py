@@ -62,7 +62,12 @@ def inspect_memory(options: HardKVConfig, config: Any, server_args: Any, kv_dtyp
     can_share = not server_args.disable_radix_cache and not server_args.enable_deterministic_inference
     cfg = ResolvedConfig(
         options=options,
-        layout=replace(layout, num_slots=share.capacity + layout.page_size),
+        layout=replace(
+            layout,
+            num_slots=share.capacity + layout.page_size,
+            survivor_bits=options.survivor_bits,
+            element_bytes=kv_dtype.itemsize,
+        ),
         num_q_heads=config.num_attention_heads // server_args.tp_size,
         softmax_scale=layout.head_dim**-0.5,
         num_rows=requests + 1,
