@@ -14,10 +14,16 @@ ROW = 1
 class PagePool:
     """K and V storage, the request's row of slots, and a free list: a `lifecycle.PageAllocator`."""
 
-    def __init__(self, layout: PoolLayout, max_len: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: PoolLayout,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         size = (layout.num_layers, layout.num_slots, layout.num_kv_heads, layout.head_dim)
         self.layout = layout
-        self.k_storage, self.v_storage = torch.zeros(size, device=device), torch.zeros(size, device=device)
+        self.k_storage, self.v_storage = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
         self.req_to_token = torch.zeros((ROW + 1, layout.page_ceil(max_len)), dtype=torch.int32, device=device)
         self.free_list = list(range(layout.num_slots // layout.page_size - 1, 0, -1))
         self.num_pages = len(self.free_list)

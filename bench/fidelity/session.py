@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.fidelity.attention import Context, DenseCache, block_attention
+from bench.fidelity.attention import Context, DenseCache, block_attention, context_attention
 from bench.fidelity.model import BlockModel, ModelShape
 from bench.fidelity.pool import ROW, PagePool
 from hardkv_sglang.config import HardKVConfig
 from hardkv_sglang.events.executor import EventExecutor, SettledCounts
-from hardkv_sglang.kernels.reference import State, dense_slots, ragged_rows_of_layers
+from hardkv_sglang.kernels.reference import State, dense_slots, merge_states, ragged_rows_of_layers
+from hardkv_sglang.kernels.reference_packed import read_lists
 from hardkv_sglang.lifecycle.planner import LifecyclePlanner
 from hardkv_sglang.lifecycle.request_state import RequestState
 from hardkv_sglang.lifecycle.step_plan import StepPlan
@@ -63,8 +64,12 @@ class CompressedSession:
     ) -> None:
         # dense pages of every token, and as many again for what a condense event copies before it frees
         num_slots = (2 * -(-max_len // PAGE_SIZE) + 1) * PAGE_SIZE
-        layout = PoolLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, PAGE_SIZE, num_slots)
-        self.pool = PagePool(layout, max_len, device)
+        bits = options.survivor_bits
+        layout = PoolLayout(
+            shape.num_layers, shape.num_kv_heads, shape.head_dim, PAGE_SIZE, num_slots, survivor_bits=bits
+        )
+        # packed rows take pages as in a server's pool, of 16 bits; it rounds by nothing beside them
+        self.pool = PagePool(layout, max_len, device, torch.float32 if bits == 16 else torch.float16)
         self.cfg = ResolvedConfig(options, layout, shape.num_q_heads, shape.softmax_scale, ROW + 1, max_len)
         self.tables = DeviceTables.allocate(self.cfg, torch.float32, device)
         self.planner = LifecyclePlanner(self.cfg)
@@ -85,8 +90,8 @@ class CompressedSession:
         """Take over the first `prompt_len` tokens of a dense cache and admit the request."""
         self.pool.extend_row(0, prompt_len)
         slots = self.pool.req_to_token[ROW, :prompt_len].long()
-        self.pool.k_storage[:, slots] = cache.keys[:, :, :prompt_len].transpose(1, 2)
-        self.pool.v_storage[:, slots] = cache.values[:, :, :prompt_len].transpose(1, 2)
+        self.pool.k_storage[:, slots] = cache.keys[:, :, :prompt_len].transpose(1, 2).to(self.pool.k_storage.dtype)
+        self.pool.v_storage[:, slots] = cache.values[:, :, :prompt_len].transpose(1, 2).to(self.pool.v_storage.dtype)
         self.seq_len = prompt_len
         self.state = self.planner.admit(ROW, prompt_len, 0, prompt_len)
 
@@ -155,8 +160,8 @@ class CompressedSession:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `BlockAttention.attend`; also fills the observation ring, as the decode backend does."""
         slots = self.pool.req_to_token[ROW, self.seq_len : self.seq_len + k.shape[1]].long()
-        self.pool.k_storage[layer, slots] = k.transpose(0, 1)
-        self.pool.v_storage[layer, slots] = v.transpose(0, 1)
+        self.pool.k_storage[layer, slots] = k.transpose(0, 1).to(self.pool.k_storage.dtype)
+        self.pool.v_storage[layer, slots] = v.transpose(0, 1).to(self.pool.v_storage.dtype)
         o, lse2 = self.attend_tiers(layer, q, k, v)
         self._observe(layer, q, lse2)
         return o
@@ -164,10 +169,22 @@ class CompressedSession:
     def attend_tiers(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
         """Attention of a block over its request's tiers; shapes as in `block_attention`."""
         pool, rows, head_dim = self.pool, self.context_rows[layer], self.cfg.layout.head_dim
-        keys, values = (storage.view(-1, head_dim)[rows] for storage in (pool.k_storage, pool.v_storage))
+        keys, values = (storage.view(-1, head_dim)[rows].float() for storage in (pool.k_storage, pool.v_storage))
         mask = None if self.context_mask is None else self.context_mask[layer]
         context = Context(keys, values, self.context_counts[layer], mask)
-        return block_attention(q, k, v, context, self.cfg.softmax_scale)
+        state = block_attention(q, k, v, context, self.cfg.softmax_scale)
+        holds_packed = self.cfg.layout.survivors.is_packed and bool(self.tables.num_condensed[layer, ROW].any())
+        return merge_states(self._attend_packed(layer, q), state) if holds_packed else state
+
+    def _attend_packed(self, layer: int, q: torch.Tensor) -> State:
+        pool, layout, tables = self.pool, self.cfg.layout, self.tables
+        counts = tables.num_condensed[layer, ROW].long()
+        index = torch.arange(int(counts.max()), device=q.device).expand(1, len(counts), -1)
+        keys, values = read_lists(pool.k_storage, pool.v_storage, layout, tables, slice(layer, layer + 1), ROW, index)
+        mask = Context.mask_of(counts, index.shape[-1]) if q.is_cuda else None
+        context = Context(keys[0], values[0], counts.tolist(), mask)
+        o, lse2 = context_attention(q.reshape(len(counts), -1, q.shape[-1]), context, self.cfg.softmax_scale)
+        return o.reshape(q.shape), lse2.reshape(q.shape[:2])
 
     def _list_context(self) -> None:
         """Rows of what every token of the next block attends: the same for all of them, so looked up once."""
