@@ -1,6 +1,6 @@
 """Ragged decode attention: correctness gate, then time against FlashInfer dense decode of the same bytes.
 
-    PYTHONPATH=. python3 bench/kernels/bench_ragged_decode.py [--sweep] [--json FILE]
+    PYTHONPATH=. python3 bench/kernels/bench_ragged_decode.py [--bits 4] [--sweep] [--json FILE]
 
 A graph of one call per layer over layers with their own data is replayed; times are per layer.
 """
@@ -21,6 +21,7 @@ from report import write_report
 from timing import copy_bandwidth, percentiles, replay_times
 
 from hardkv_sglang.kernels import reference
+from hardkv_sglang.kernels.packed_decode import packed_decode
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens, Tuning
@@ -55,7 +56,8 @@ class Op:
 
     def layer(self, layer: int) -> None:
         x = self.inputs
-        ragged_decode(
+        decode = packed_decode if x.cfg.layout.survivors.is_packed else ragged_decode
+        decode(
             self.workspace, x.cfg.layout, x.tables, x.req_to_token, x.k, x.v, layer, x.q[layer],
             x.cfg.softmax_scale, self.state, self.tuning,
         )  # fmt: skip
@@ -72,9 +74,8 @@ class Op:
         self.layer(layer)
         for b in range(0, x.shape.batch, max(1, x.shape.batch // 5)):
             row = int(x.rows[b])
-            used, counts = reference.ragged_rows(x.cfg.layout, x.tables, x.req_to_token, layer, row)
-            k, v = (s.view(-1, x.shape.head_dim)[used].double() for s in (x.k, x.v))
-            lists = reference.attend(x.q[layer, b].double(), k, v, counts, x.cfg.softmax_scale)
+            args = (x.k, x.v, x.cfg.layout, x.tables, x.req_to_token, layer, row, x.cfg.softmax_scale)
+            lists = reference.ragged_decode(x.q[layer, b].double(), *args)
             o, lse2 = reference.merge_states(lists, (before[0][b].double(), before[1][b].double()))
             error = float((self.state[0][b].double() - o).norm() / o.norm())
             assert error < 6e-3, f"{x.shape.name}: relative error {error}"
@@ -147,11 +148,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="print the fastest tunings of each shape instead")
     parser.add_argument("--shapes", type=int, nargs="*", help="indices into SHAPES", default=range(len(SHAPES)))
+    parser.add_argument("--bits", type=int, default=16, choices=(16, 8, 4), help="of condensed tokens")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args()
     torch.manual_seed(0)
+    shapes = [replace(SHAPES[i], survivor_bits=args.bits) for i in args.shapes]
     if args.sweep:
-        for shape in (SHAPES[i] for i in args.shapes):
+        for shape in shapes:
             print(shape.name)
             for result in sweep(replace(shape, layers=4))[:14]:
                 print("  ", result["p50_us"], result["split"], result["tuning"], flush=True)
@@ -159,7 +162,7 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
     rows = []
-    for shape in (SHAPES[i] for i in args.shapes):
+    for shape in shapes:
         rows.append(measure(shape, bandwidth, with_flashinfer=shape.head_dim == 128))
         print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
         torch.cuda.empty_cache()

@@ -46,8 +46,13 @@ def _condense_in_torch(memory: RankMemory, ops: list[CondenseOp]) -> None:
 
 def _condense_on_gpu(memory: RankMemory, ops: list[CondenseOp]) -> None:
     from hardkv_sglang.kernels.condense import condense
+    from hardkv_sglang.kernels.restore import take_statistics
 
     m = memory
+    if m.layout.survivors.is_packed:
+        for op in ops:
+            if op.is_first:
+                take_statistics(memory, op.row)
     on_host = torch.tensor([op.row for op in ops], device="cpu", pin_memory=True)
     new_pages = torch.nn.utils.rnn.pad_sequence([_pages(memory, op) for op in ops], batch_first=True)
     on_device = on_host.to(m.req_to_token.device, non_blocking=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
+import torch
+
 from hardkv_sglang.events.candidates import CandidateReader
 from hardkv_sglang.events.remembered import RememberedEnergy
 from hardkv_sglang.lifecycle.step_plan import SelectOp
@@ -62,23 +64,29 @@ class PooledScorer(Scorer):
     """The same for policies that reduce attention by its mean, on a GPU; equal up to rounding."""
 
     def elements_per_token(self) -> int:
-        """Keys, where the policy reads them, or storage rows."""
+        """Keys, where the policy reads them or they are restored, or storage rows."""
         layout, policy = self.reader.memory.layout, self.reader.policy
-        return layout.num_kv_heads * (layout.head_dim if policy.needs_keys else 1)
+        has_rows = policy.needs_keys or layout.survivors.is_packed
+        return layout.num_kv_heads * (layout.head_dim if has_rows else 1)
 
     def score_layers(self, op: SelectOp, layers: slice) -> Scored:
         """See `Scorer.score_layers`."""
         from hardkv_sglang.kernels.importance import PooledLists, measure_pooled
         from hardkv_sglang.kernels.list_candidates import list_candidates
+        from hardkv_sglang.kernels.restore import restore_candidates
 
         reader, memory = self.reader, self.reader.memory
         found = list_candidates(memory, op, layers)
+        k_rows, v_rows, rows = memory.k_rows, memory.v_rows, found.rows
+        if memory.layout.survivors.is_packed:
+            k_rows, v_rows = restore_candidates(memory, op, layers, found)
+            rows = torch.arange(rows.numel(), device=rows.device).view_as(rows)
         lists = PooledLists(
             valid=found.valid,
-            keys=memory.k_rows[found.rows] if reader.policy.needs_keys else None,
-            k_rows=memory.k_rows,
-            v_rows=memory.v_rows,
-            rows=found.rows,
+            keys=k_rows[rows] if reader.policy.needs_keys else None,
+            k_rows=k_rows,
+            v_rows=v_rows,
+            rows=rows,
             padding=found.padding,
         )
         queries, lse2 = (x.flatten(1, 2) for x in reader.queries(op, layers))

@@ -12,31 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from hardkv_sglang.kernels.condense_lists import count_kernel, new_first_page, publish_kernel, remember_kernel
+from hardkv_sglang.kernels.packed_condense import PackedCopy
 from hardkv_sglang.memory_pool.layout import PoolLayout
 from hardkv_sglang.memory_pool.tables import DeviceTables
-
-
-@triton.jit
-def count_kernel(
-    rows,
-    num_condensed,
-    num_sparse,
-    condensed_keep,
-    counts,
-    num_rows,
-    capacity,
-    H: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BC: tl.constexpr,
-):
-    i_j, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_table = ((i_c // H) * num_rows + tl.load(rows + i_j).to(tl.int64)) * H + i_c % H
-    old_len = tl.load(num_condensed + o_table)
-    b_kept = tl.zeros([BC], tl.int32)
-    for i_n in range(0, old_len, BC):
-        o_n = i_n + tl.arange(0, BC)
-        b_kept += tl.load(condensed_keep + o_table * capacity + o_n, mask=o_n < old_len, other=0).to(tl.int32)
-    tl.store(counts + i_j * COLUMNS + i_c, tl.sum(b_kept, 0) + tl.load(num_sparse + o_table))
 
 
 @triton.jit
@@ -70,14 +49,6 @@ def list_rows(
     b_layer = tl.where(m_condensed, b_column // H, i_l)
     b_head = tl.where(m_condensed, b_column % H, i_h)
     return (b_layer.to(tl.int64) * num_slots + b_slot) * H + b_head
-
-
-@triton.jit
-def new_first_page(counts, i_j, i_c, COLUMNS: tl.constexpr, PS: tl.constexpr, BCOL: tl.constexpr):
-    """First head page of list `i_c`: head pages of all lists before it, layer by layer."""
-    o_c = tl.arange(0, BCOL)
-    b_count = tl.load(counts + i_j * COLUMNS + o_c, mask=o_c < i_c, other=0)
-    return tl.sum(tl.cdiv(b_count, PS), 0)
 
 
 # pages differ from event to event: specialising on them would compile in the middle of serving
@@ -155,84 +126,6 @@ def copy_kernel(
             num_copied += tl.sum(m_n.to(tl.int32), 0)
 
 
-@triton.jit
-def remember_kernel(
-    rows,
-    num_condensed,
-    num_sparse,
-    condensed_keep,
-    sparse_positions,
-    condensed_energy,
-    dense_energy,
-    num_rows,
-    capacity,
-    max_span,
-    remembered_span,
-    H: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Energies move as the tokens do, inside the table: a survivor never moves to the right."""
-    i_j, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_table = ((i_c // H) * num_rows + tl.load(rows + i_j).to(tl.int64)) * H + i_c % H
-    p_energy = condensed_energy + o_table * capacity
-    old_len, sparse_len = tl.load(num_condensed + o_table), tl.load(num_sparse + o_table)
-    o_n = tl.arange(0, BN)
-    moved = 0
-    for i_n in range(0, old_len, BN):
-        m_n = i_n + o_n < old_len
-        b_keep = tl.load(condensed_keep + o_table * capacity + i_n + o_n, mask=m_n, other=0).to(tl.int32)
-        b_energy = tl.load(p_energy + i_n + o_n, mask=m_n, other=0.0)
-        # every thread has read the block before any of it is overwritten
-        tl.debug_barrier()
-        tl.store(p_energy + moved + tl.cumsum(b_keep, 0) - 1, b_energy, mask=b_keep != 0)
-        moved += tl.sum(b_keep, 0)
-        tl.debug_barrier()
-    for i_n in range(0, sparse_len, BN):
-        m_n = (i_n + o_n < sparse_len) & (moved + i_n + o_n < capacity)
-        b_position = tl.load(sparse_positions + o_table * max_span + i_n + o_n, mask=m_n, other=0)
-        b_energy = tl.load(dense_energy + o_table * remembered_span + b_position % remembered_span, mask=m_n, other=0.0)
-        tl.store(p_energy + moved + i_n + o_n, b_energy, mask=m_n)
-
-
-@triton.jit(do_not_specialize=["num_new_pages"])
-def publish_kernel(
-    rows,
-    new_pages,
-    counts,
-    num_condensed,
-    first_page,
-    num_sparse,
-    condensed_keep,
-    condensed_pages,
-    num_rows,
-    capacity,
-    num_new_pages,
-    max_pages,
-    H: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PS: tl.constexpr,
-    BN: tl.constexpr,
-    BCOL: tl.constexpr,
-):
-    i_j, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = tl.load(rows + i_j).to(tl.int64)
-    o_table = ((i_c // H) * num_rows + row) * H + i_c % H
-    count = tl.load(counts + i_j * COLUMNS + i_c)
-    tl.store(num_condensed + o_table, count)
-    tl.store(first_page + o_table, new_first_page(counts, i_j, i_c, COLUMNS, PS, BCOL))
-    tl.store(num_sparse + o_table, 0)
-    o_n = tl.arange(0, BN)
-    for i_n in range(0, tl.minimum(count, capacity), BN):
-        m_n = i_n + o_n < tl.minimum(count, capacity)
-        tl.store(condensed_keep + o_table * capacity + i_n + o_n, 1, mask=m_n)
-    if i_c == 0:
-        for i_n in range(0, max_pages, BN):
-            m_new = i_n + o_n < num_new_pages
-            b_page = tl.load(new_pages + i_j * num_new_pages + i_n + o_n, mask=m_new, other=0)
-            p_page = condensed_pages + row * max_pages + i_n + o_n
-            tl.store(p_page, b_page.to(tl.int32), mask=i_n + o_n < max_pages)
-
-
 def condense(
     k_storage: torch.Tensor,
     v_storage: torch.Tensor,
@@ -250,8 +143,9 @@ def condense(
     k_storage, v_storage: [L, S, H, D] contiguous, the whole pool; req_to_token: [R, T] integer slots, read only;
     rows: [J] integer, distinct request rows; new_pages: [J, P] integer token pages, each row enough for its
     survivors, disjoint from every page in use; entries past a row's need are published but not used.
-    Guarantees: three or four launches on the current stream, no sync; sources are not written; bit-exact copies. Tokens
-    that do not fit the given pages are dropped from the copy rather than written elsewhere.
+    Guarantees: three to five launches on the current stream, no sync; sources are not written; bit-exact copies, but
+    for what packed head pages quantise by the offsets and scales of the tables. Tokens that do not fit the given pages
+    are dropped from the copy rather than written elsewhere.
     """
     J, P = new_pages.shape
     columns, capacity = layout.columns, tables.condensed_keep.shape[-1]
@@ -267,12 +161,15 @@ def condense(
     count_kernel[(J, columns)](
         rows, lists[0], lists[2], keep, counts, num_rows, capacity, H=H, COLUMNS=columns, BC=1024, num_warps=4
     )
-    copy_kernel[(J, columns, triton.cdiv(capacity + max_span, segment))](
-        rows, new_pages, counts, k_storage, v_storage, *lists, keep, tables.condensed_pages,
-        tables.sparse_positions, req_to_token, num_rows, layout.num_slots, capacity, P, max_pages, max_span,
-        req_to_token.stride(0), H=H, D=layout.head_dim, COLUMNS=columns, PS=layout.page_size, SEGMENT=segment,
-        BN=64, BCOL=block_columns, num_warps=4,
-    )  # fmt: skip
+    if layout.survivors.is_packed:
+        PackedCopy(layout, tables, req_to_token, rows, new_pages, counts).run(k_storage, v_storage)
+    else:
+        copy_kernel[(J, columns, triton.cdiv(capacity + max_span, segment))](
+            rows, new_pages, counts, k_storage, v_storage, *lists, keep, tables.condensed_pages,
+            tables.sparse_positions, req_to_token, num_rows, layout.num_slots, capacity, P, max_pages, max_span,
+            req_to_token.stride(0), H=H, D=layout.head_dim, COLUMNS=columns, PS=layout.page_size, SEGMENT=segment,
+            BN=64, BCOL=block_columns, num_warps=4,
+        )  # fmt: skip
     if tables.condensed_energy.shape[-1]:
         remember_kernel[(J, columns)](
             rows, lists[0], lists[2], keep, tables.sparse_positions, tables.condensed_energy, tables.dense_energy,
@@ -280,5 +177,5 @@ def condense(
         )  # fmt: skip
     publish_kernel[(J, columns)](
         rows, new_pages, counts, *lists, keep, tables.condensed_pages, num_rows, capacity, P, max_pages, H=H,
-        COLUMNS=columns, PS=layout.page_size, BN=1024, BCOL=block_columns, num_warps=4,
+        COLUMNS=columns, PAGE_TOKENS=layout.head_page_tokens, BN=1024, BCOL=block_columns, num_warps=4,
     )  # fmt: skip

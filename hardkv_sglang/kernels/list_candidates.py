@@ -17,7 +17,7 @@ from hardkv_sglang.memory_pool.rank_memory import RankMemory
 class CandidateRows:
     """Where the candidates of B lists are: condensed tokens, right-aligned, then the sparse span."""
 
-    rows: torch.Tensor  # [B, N] int64, storage rows; arbitrary but valid where padded
+    rows: torch.Tensor  # [B, N] int64, storage rows; arbitrary but valid where padded. Of a packed token: where it is
     padding: torch.Tensor  # [B] int32, entries before a list's first candidate
     valid: torch.Tensor  # [B, N] bool, candidates that exist
     attended: torch.Tensor  # [B, N] bool, candidates that the observed queries attended; padding counts as attended
@@ -50,6 +50,8 @@ def list_candidates_kernel(
     H: tl.constexpr,
     COLUMNS: tl.constexpr,
     PS: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    CHUNK_ROWS: tl.constexpr,
     BN: tl.constexpr,
 ):
     i_b = tl.program_id(0)
@@ -66,12 +68,12 @@ def list_candidates_kernel(
         m_n = o_n < N
         b_index = o_n - num_padding
         m_condensed = (b_index >= 0) & (o_n < bound)
-        b_seq = first + tl.maximum(b_index, 0) // PS
+        b_seq = first + tl.maximum(b_index, 0) // PAGE_TOKENS
         b_page = tl.load(condensed_pages + row_wide * max_pages + b_seq // COLUMNS, mask=m_condensed, other=0)
         b_position = condensed_end + o_n - bound
         b_dense = tl.load(req_to_token + row_wide * stride_req + b_position, mask=m_n & (o_n >= bound), other=0)
         b_column = b_seq % COLUMNS
-        b_slot = tl.where(m_condensed, b_page * PS + b_index % PS, b_dense.to(tl.int32))
+        b_slot = tl.where(m_condensed, b_page * PS + b_index % PAGE_TOKENS // CHUNK_ROWS, b_dense.to(tl.int32))
         b_layer, b_head = tl.where(m_condensed, b_column // H, i_l), tl.where(m_condensed, b_column % H, i_h)
         tl.store(rows + o_list + o_n, (b_layer.to(tl.int64) * num_slots + b_slot) * H + b_head, mask=m_n)
         tl.store(valid + o_list + o_n, (b_index >= 0).to(tl.uint8), mask=m_n)
@@ -106,6 +108,6 @@ def list_candidates(memory: RankMemory, op: SelectOp, layers: slice) -> Candidat
         op.row, layers.start, op.condensed_list_bound, op.condensed_end, op.old_recent_start, N,
         tables.num_condensed.shape[1], layout.num_slots, tables.condensed_pages.shape[1],
         tables.sparse_positions.shape[-1], req_to_token.stride(0), H=H, COLUMNS=layout.columns, PS=layout.page_size,
-        BN=1024, num_warps=4,
+        PAGE_TOKENS=layout.head_page_tokens, CHUNK_ROWS=layout.survivors.rows_per_chunk, BN=1024, num_warps=4,
     )  # fmt: skip
     return result

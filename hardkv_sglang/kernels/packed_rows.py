@@ -29,7 +29,7 @@ class PackedRows:
         zero = low.clamp(-LARGEST, LARGEST).half()
         scale = ((high - low) / (2**bits - 1)).clamp(max=LARGEST).half()
         steps = torch.where(scale > 0, (x - zero) / scale, 0.0)
-        codes = steps.round().clamp(0, 2**bits - 1).to(torch.uint8)
+        codes = (steps + 0.5).floor().clamp(0, 2**bits - 1).to(torch.uint8)
         if bits == 4:
             low_half, high_half = codes.chunk(2, 1)
             codes = low_half | high_half << 4

@@ -159,7 +159,7 @@ def plan_ragged_decode(
         MIDDLE=workspace.split.middle,
         LARGE=workspace.split.large,
         SPLITS=workspace.max_splits,
-        ALIGN=SPLIT_ALIGN,
+        ALIGN=layout.head_page_tokens if layout.survivors.is_packed else SPLIT_ALIGN,
         BL=lists_per_program,
         BS=triton.next_power_of_2(workspace.max_splits),
         BB=1024,

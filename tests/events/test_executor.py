@@ -287,12 +287,15 @@ class CheckedScorer(PooledScorer):
         reader = self.reader
         found = list_candidates(reader.memory, op, layers)
         padding = reader.padding(op, layers)
-        rows = reader.rows(op, layers, padding)
-        valid = reader.exist(rows, padding)
+        valid = reader.exist(found.rows, padding)
         assert torch.equal(found.padding.long(), padding.flatten())
         assert torch.equal(found.valid, valid)
         assert torch.equal(found.attended, reader.attended(op, layers))
-        assert torch.equal(found.rows[valid], rows[valid])
+        if reader.memory.layout.survivors.is_packed:
+            bound = op.condensed_list_bound
+            assert torch.equal(found.rows[:, bound:], reader.span_rows(op, layers).flatten(0, 1))
+        else:
+            assert torch.equal(found.rows[valid], reader.rows(op, layers, padding)[valid])
         assert 0 <= int(found.rows.min()) <= int(found.rows.max()) < len(reader.memory.k_rows)
 
 
@@ -328,6 +331,7 @@ def checked_publish(tables: DeviceTables, op: SelectOp, keep: torch.Tensor, temp
         {"max_tokens": 64},
         {"budget": "per_head"},
         {"remembered_weight": 0.7, "prior_weight": 0.1, "recent_tokens": 64},
+        {"survivor_bits": 4, "remembered_weight": 0.7, "prior_weight": 0.1},
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.kernels import finish, ragged_decode, shared_prefix
+from hardkv_sglang.kernels import finish, packed_decode, ragged_decode, shared_prefix
 from hardkv_sglang.kernels.bound import bound_counts
 from hardkv_sglang.kernels.condense import condense
 from hardkv_sglang.kernels.dense_slots import plan_dense_slots
@@ -26,6 +26,7 @@ from hardkv_sglang.kernels.list_candidates import list_candidates
 from hardkv_sglang.kernels.publish import publish
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens
+from hardkv_sglang.kernels.restore import restore_candidates, take_statistics
 from hardkv_sglang.kernels.shared_plan import SharedPrefixWorkspace, SharedTuning
 from hardkv_sglang.kernels.shared_slots import copy_shared_slots
 from hardkv_sglang.lifecycle.request_state import RequestState
@@ -38,8 +39,15 @@ from hardkv_sglang.memory_pool.tables import DeviceTables
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8", torch.bool: "*i1", float: "fp32", int: "i32",
+    torch.uint8: "*u8", torch.int16: "*i16", torch.bool: "*i1", float: "fp32", int: "i32",
 }  # fmt: skip
+
+
+SELECT = SelectOp(
+    state=RequestState(1, 32, 32, 64, 100), row=1,
+    prefix_end=32, condensed_end=32, old_recent_start=64, recent_start=96, first_query=100,
+    seq_len=104, condensed_list_bound=40, recalibrate=False, ring_slot=0,
+)  # fmt: skip
 
 
 class Compiler:
@@ -95,17 +103,31 @@ def call_every_wrapper(head_dim: int, group: int, dtype: torch.dtype) -> None:
     queries = torch.zeros(4, 16 * group, head_dim, dtype=dtype)
     importance = measure_pooled(lists, lists.valid, queries, torch.zeros(4, 16 * group), 0.1)
     lists.value_distance(importance.mean)
-    op = SelectOp(
-        state=RequestState(1, 32, 32, 64, 100), row=1,
-        prefix_end=32, condensed_end=32, old_recent_start=64, recent_start=96, first_query=100,
-        seq_len=104, condensed_list_bound=40, recalibrate=False, ring_slot=0,
-    )  # fmt: skip
-    found = list_candidates(RankMemory(cfg, tables, k, v, req_to_token), op, slice(0, 2))
+    found = list_candidates(RankMemory(cfg, tables, k, v, req_to_token), SELECT, slice(0, 2))
     keep = bound_counts(found.valid, torch.zeros(found.valid.shape), found.valid, 8, 64, 32)
-    publish(tables, op, keep, torch.zeros(4))
+    publish(tables, SELECT, keep, torch.zeros(4))
     slots = torch.zeros(64, dtype=torch.int32)
     lens, indptr = torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     plan_dense_slots(req_to_token, tables, rows, seq_lens, lens, indptr, slots)
+
+
+def call_packed(bits: int, head_dim: int, group: int, dtype: torch.dtype) -> None:
+    """Kernels of packed survivors."""
+    layout = PoolLayout(2, 2, head_dim, 32, 320, survivor_bits=bits)
+    options = HardKVConfig(max_tokens=256, survivor_bits=bits)
+    cfg = ResolvedConfig(options, layout, 2 * group, 0.1, 5, 1024)
+    tables = DeviceTables.allocate(cfg, dtype, "cpu")
+    k, v = (torch.zeros(2, 320, 2, head_dim, dtype=dtype) for _ in range(2))
+    req_to_token = torch.zeros(5, 1024, dtype=torch.int32)
+    q = torch.zeros(2, 2 * group, head_dim, dtype=dtype)
+    state = (torch.zeros_like(q), torch.zeros(2, 2 * group))
+    workspace = RaggedWorkspace.allocate(layout, 2 * group, 4, 1024, "cpu", SplitTokens.by_load())
+    packed_decode.packed_decode(workspace, layout, tables, req_to_token, k, v, 1, q, 0.1, state)
+    rows = torch.tensor([1, 2])
+    condense(k, v, layout, tables, req_to_token, rows, torch.zeros(2, 3, dtype=torch.int64))
+    memory = RankMemory(cfg, tables, k, v, req_to_token)
+    take_statistics(memory, 1)
+    restore_candidates(memory, SELECT, slice(0, 2), list_candidates(memory, SELECT, slice(0, 2)))
 
 
 def main() -> None:
@@ -113,11 +135,13 @@ def main() -> None:
     compiler = Compiler(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
     if compiler.target.arch >= 10 * FIRST_CAPABILITY:
         # there is no device to ask, so that wrappers would launch as on an older one
-        for module in (finish, ragged_decode, shared_prefix):
+        for module in (finish, packed_decode, ragged_decode, shared_prefix):
             vars(module)["launch_options"] = lambda device: {"PDL": True, "launch_pdl": True}
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
     for head_dim, group, dtype in ((128, 4, torch.bfloat16), (64, 3, torch.float16)):
         call_every_wrapper(head_dim, group, dtype)
+        for bits in (4, 8):
+            call_packed(bits, head_dim, group, dtype)
     print("\n".join(compiler.done))
 
 

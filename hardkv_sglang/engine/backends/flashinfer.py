@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from hardkv_sglang.engine import compat
 from hardkv_sglang.kernels.dense_slots import plan_dense_slots
 from hardkv_sglang.kernels.finish import finish_layer
+from hardkv_sglang.kernels.packed_decode import packed_decode
 from hardkv_sglang.kernels.ragged_decode import ragged_decode
 from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens, Tuning
@@ -192,7 +193,8 @@ class HardKVFlashInferBackend(FlashInferAttnBackend):
                 queries,
                 layer.scaling,
             )
-        ragged_decode(
+        decode = packed_decode if self.hardkv_cfg.layout.survivors.is_packed else ragged_decode
+        decode(
             self.hardkv_workspace,
             self.hardkv_cfg.layout,
             tables,

@@ -14,7 +14,7 @@ def refused_options(options: HardKVConfig, server_args: Any) -> list[str]:
     """
     if options.survivor_bits < 16 and server_args.device != "cpu":
         return [
-            f"survivor_bits={options.survivor_bits}: the GPU kernels read survivors of 16 bits only; leave out "
-            "survivor_bits, or use --device cpu"
+            f"survivor_bits={options.survivor_bits} has run on a CPU only so far; leave out survivor_bits, or use "
+            "--device cpu"
         ]
     return []
