@@ -153,6 +153,12 @@ ENDS_STOCK = (
         is_seen=False,
     ),
     Known(
+        "log-probabilities of chosen tokens",
+        lambda fields: bool(fields.get("return_logprob")) and fields.get("token_ids_logprob") is not None,
+        "beside a request that asks for none, the scheduler makes a list of what is one; /v1/score asks for them, too",
+        is_seen=True,
+    ),
+    Known(
         "new weights with a flush, or at random",
         lambda fields: fields.get("model_path") == SERVED_MODEL
         and (fields.get("flush_cache") is not False or fields.get("load_format") == "dummy"),
