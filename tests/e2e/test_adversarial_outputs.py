@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import requests
 from e2e.compressed import (
+    PAGE,
     POOL_TOKENS,
     STRICT,
     TINY,
@@ -27,6 +29,16 @@ def test_a_prompt_that_leaves_one_page(server_for: ServerFor) -> None:
     server = server_for(TINY, STRICT)
     reply = decode(server, prompt_ids(POOL_TOKENS - 40, seed=810), 200)
     assert reply["meta_info"]["finish_reason"]["type"] in ("length", "abort")
+    server.check_idle()
+
+
+def test_a_prompt_that_could_never_start(server_for: ServerFor) -> None:
+    # stock SGLang lets it wait for ever, and everybody behind it
+    server, num_tokens = server_for(TINY, STRICT), POOL_TOKENS - PAGE
+    body = {"input_ids": prompt_ids(num_tokens, seed=815), "sampling_params": {"max_new_tokens": 4}}
+    reply = requests.post(f"{server.url}/generate", json=body, timeout=120)
+    assert reply.status_code == 400
+    assert f"{num_tokens} tokens" in reply.text
     server.check_idle()
 
 

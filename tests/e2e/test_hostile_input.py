@@ -61,6 +61,7 @@ class Comparison:
         self._ours, self._stock = ours, stock
         self._expected = Expected(probe(ours()), neighbour(ours()))
         self._stock_expected = Expected(probe(stock()), None)
+        self._stock_beside = Expected(self._stock_expected.probe, neighbour(stock()))
 
     def wrong(self, case: Case) -> str | None:
         """What is wrong with our answer to a case, or with the table of those that stock does not survive."""
@@ -72,7 +73,8 @@ class Comparison:
         if stock_damage is not None:
             return f"stock: {stock_answer}, then {stock_damage}; ours: {answer}, then {damage}: a row for ENDS_STOCK?"
         if damage is not None:
-            return f"{answer}, then {damage}; stock answers {stock_answer}"
+            beside = harm(self._stock(), case, self._stock_beside)  # stock was alone with the case
+            return f"{answer}, then {damage}; stock answers {stock_answer}, and beside a request {beside}"
         if answer != stock_answer and reason(OUR_REASONS, case) is None:
             return f"{answer}; stock answers {stock_answer}"
         return None
