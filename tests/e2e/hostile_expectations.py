@@ -153,6 +153,13 @@ ENDS_STOCK = (
         is_seen=False,
     ),
     Known(
+        "extra key as a list",
+        lambda fields: isinstance(fields.get("extra_key"), list | dict),
+        "meant for a batch, it goes to the scheduler as it is for a single prompt: a key of the radix tree has to have "
+        "a hash",
+        is_seen=True,
+    ),
+    Known(
         "log-probabilities of chosen tokens",
         lambda fields: bool(fields.get("return_logprob")) and fields.get("token_ids_logprob") is not None,
         "beside a request that asks for none, the scheduler makes a list of what is one; /v1/score asks for them, too",
