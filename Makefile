@@ -40,7 +40,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# nightly: 2000 hostile requests, each to our server and to a stock one, FUZZ_SEED chooses others; 1500 turns of one conversation
+# nightly: 2000 hostile requests, each to our server and to a stock one (3 to 4 s each on two busy cores), FUZZ_SEED chooses others; 1500
+# turns of one conversation (not run so far: the attention of the prefills alone takes 20 minutes of a core)
 FUZZ_SEED ?= $(shell date +%Y%m%d)
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -s -o timeout=14400 tests/e2e/test_hostile_input.py --hostile-cases 2000 --hostile-seed $(FUZZ_SEED)
