@@ -29,7 +29,7 @@ test-oldest:
 	$(MAKE) compat-tests VENV=.venv-0.5.17 SGLANG=0.5.17
 
 compat-tests: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(COMPAT_TESTS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder $(COMPAT_TESTS) $(PYTEST_ARGS)
 
 # what a change has to pass before it is shown to others: minutes, no server; `make test` has the rest
 check: lint
