@@ -13,7 +13,9 @@ from hardkv_sglang.kernels.ragged_plan import plan_ragged_decode
 from hardkv_sglang.kernels.ragged_workspace import RaggedWorkspace, SplitTokens, Tuning
 
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3}
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # numpy has no bfloat16 dot
+KINDS = [(4, torch.float16), (8, torch.float32)]
+if torch.cuda.is_available():  # numpy has no bfloat16 dot
+    KINDS += [(4, torch.bfloat16), (8, torch.bfloat16), (4, torch.float32), (8, torch.float16)]
 SIZES = [0, 1, 31, 33, 111, 112, 113, 120, 121, 257, 300, 700]
 SPARSE = [0, 0, 1, 33, 64, 200]
 
@@ -57,8 +59,7 @@ def assert_matches(case, rows, q, layer, o, lse2) -> None:
         assert not o[b][~real].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "dtype"), KINDS, ids=str)
 @pytest.mark.parametrize(
     ("group", "heads", "head_dim", "page_size"),
     [(4, 2, 64, 32), (1, 3, 64, 64), (8, 1, 128, 32), (16, 1, 256, 32), (7, 1, 64, 32)],
@@ -75,8 +76,8 @@ def test_packed_decode(make_case, group: int, heads: int, head_dim: int, page_si
 
 def test_a_result_is_the_same_alone_and_in_a_batch(make_case) -> None:
     tuning = Tuning(block_tokens=32, num_warps=2, num_stages=3, programs_per_multiprocessor=3)
-    case = make_case(draw_lengths(1, 5, 2, SIZES, 5), draw_lengths(1, 5, 2, [0, 20], 6), survivor_bits=4)
-    rows = torch.tensor([4, 2, 3, 1], device=case.k.device)
+    case = make_case(draw_lengths(1, 3, 2, [0, 113, 400], 5), draw_lengths(1, 3, 2, [0, 20], 6), survivor_bits=4)
+    rows = torch.tensor([2, 1], device=case.k.device)
     q = queries(case, rows)
     o, lse2 = run(case, rows, q, 0, tuning=tuning)
     for b in range(rows.numel()):

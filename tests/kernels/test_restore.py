@@ -29,8 +29,7 @@ def select_op(bound: int) -> SelectOp:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.float16), (8, torch.float32)], ids=str)
 @pytest.mark.parametrize(("head_dim", "page_size", "heads"), [(64, 32, 3), (128, 64, 2), (256, 32, 1)])
 @pytest.mark.parametrize("sizes", [[0, 1, 33], [112, 113, 300]], ids=str)
 def test_candidates_are_restored(make_case, sizes, head_dim: int, page_size: int, heads: int, bits: int, dtype) -> None:
