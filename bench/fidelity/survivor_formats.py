@@ -13,7 +13,7 @@ from bench.fidelity.model import ModelShape
 from bench.fidelity.pool import ROW
 from bench.fidelity.session import CompressedSession
 from hardkv_sglang.config import HardKVConfig
-from hardkv_sglang.kernels.packed_rows import rotation
+from hardkv_sglang.kernels.packed_rows import key_statistics, rotation
 from hardkv_sglang.kernels.reference_condense import sparse_source
 from hardkv_sglang.lifecycle.step_plan import CondenseOp, StepPlan
 
@@ -40,6 +40,7 @@ class RowFormat:
     rotated: bool = False
     centred: bool = False  # less the list's mean of each channel
     power: float = 0.0  # divided by the list's standard deviation of each channel to this power
+    as_stored: bool = False  # mean and deviation to the power 0.5 are offset and scale as a server takes them
     reference: str = "aged"  # tokens whose mean and deviation are taken at the first event: aged, prompt, all
 
     def round(self, rows: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
@@ -85,7 +86,7 @@ class RoundingSession(CompressedSession):
         pool, form = self.pool, self.form
         storages = (pool.k_storage, form.keys), (pool.v_storage, form.values)
         if op.is_first:
-            keys, values = (self._statistics(storage, row_format.reference) for storage, row_format in storages)
+            keys, values = (self._statistics(storage, row_format) for storage, row_format in storages)
             self.statistics = keys, values
         source = sparse_source(self.cfg.layout, self.tables, pool.req_to_token, ROW)
         lists = source.split(self.tables.num_sparse[:, ROW].flatten().tolist())
@@ -94,8 +95,11 @@ class RoundingSession(CompressedSession):
             for i, index in enumerate(lists):
                 rows[index] = row_format.round(rows[index], mean[i], deviation[i])
 
-    def _statistics(self, storage: torch.Tensor, reference: str) -> Statistics:
-        first = self.state.prefix_end if reference == "aged" else 0
-        last = self.state.prefix_end if reference == "prompt" else self.state.recent_start
+    def _statistics(self, storage: torch.Tensor, form: RowFormat) -> Statistics:
+        first = self.state.prefix_end if form.reference == "aged" else 0
+        last = self.state.prefix_end if form.reference == "prompt" else self.state.recent_start
         rows = storage[:, self.pool.req_to_token[ROW, first:last].long()]  # [L, N, H, D]
+        if form.as_stored:
+            offset, scale = key_statistics(rows.transpose(1, 2).flatten(0, 1))
+            return offset, scale.square()
         return rows.mean(1).flatten(0, 1), rows.std(1).flatten(0, 1)

@@ -40,6 +40,7 @@ FORMATS = (
     SurvivorFormat("K 4 root, V 4", replace(ROOT, rotated=False), VALUES),
     SurvivorFormat("K 4 root rotated, V 4", ROOT, VALUES),
     SurvivorFormat("K 4 root rotated of all, V 4", replace(ROOT, reference="all"), VALUES),
+    SurvivorFormat("K 4 as stored, V 4", replace(ROOT, reference="all", as_stored=True), VALUES),
     SurvivorFormat("K 4 root rotated of prompt, V 4", replace(ROOT, reference="prompt"), VALUES),
     SurvivorFormat("K 4 root rotated of all, V 16", replace(ROOT, reference="all"), POOL),
     SurvivorFormat("K 4 root rotated of all, V 4 rotated", replace(ROOT, reference="all"), RowFormat(4, rotated=True)),
