@@ -56,15 +56,20 @@ def paused(server: Server, mode: str) -> Iterator[None]:
     post(server, "/continue_generation")
 
 
+def wait_for_event(server: Server, name: str, before: int) -> None:
+    """Return when more than `before` events of this name have run."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while hardkv_state(server)[name] <= before:
+        assert time.monotonic() < deadline
+
+
 @contextmanager
 def in_flight(server: Server) -> Iterator[Future[Any]]:
     """A request that has had its first condense event."""
     before = hardkv_state(server)["condense_events"]
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(decode, server, PROMPT, NUM_TOKENS)
-        deadline = time.monotonic() + TIMEOUT_S
-        while hardkv_state(server)["condense_events"] == before:
-            assert time.monotonic() < deadline
+        wait_for_event(server, "condense_events", before)
         assert not future.done()
         yield future
 
@@ -102,14 +107,18 @@ def test_pauses_between_all_steps(server: Server, undisturbed: list[int]) -> Non
 
 
 def test_retracted_at_every_stage(server: Server, demo_model: Path) -> None:
+    before = hardkv_state(server)
     with ThreadPoolExecutor(1) as executor:
-        future, rounds = executor.submit(decode, server, PROMPT, NUM_TOKENS), 0
-        while not future.done() and rounds < 12:
+        future = executor.submit(decode, server, PROMPT, NUM_TOKENS)
+        time.sleep(0.2)  # dense, or still queued
+        for stage in (None, *EVENTS, *EVENTS):
+            if stage is not None:  # each is the first since the last retraction
+                wait_for_event(server, stage, before[stage])
             with paused(server, "retract"):
-                if rounds % 4 == 3:
+                assert not future.done()
+                before = hardkv_state(server)
+                if stage == "condense_events":
                     update_weights(server, demo_model)
-            rounds += 1
-            time.sleep(0.2)
         reply = future.result()
     assert len(reply["output_ids"]) == NUM_TOKENS
     assert reply["meta_info"]["num_retractions"] >= 4
