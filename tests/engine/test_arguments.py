@@ -98,7 +98,7 @@ def test_fewer_bits_are_refused_on_a_gpu(
     if not is_refused:
         arguments.refuse_unsupported(args)
         return
-    with pytest.raises(ValueError, match=rf"survivor_bits={bits}: .*leave out survivor_bits, or use --device cpu"):
+    with pytest.raises(ValueError, match=rf"survivor_bits={bits} .*leave out survivor_bits, or use --device cpu"):
         arguments.refuse_unsupported(args)
 
 
