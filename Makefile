@@ -7,7 +7,8 @@ VENV := .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
-INSTALL := $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install)
+# compiled as pip does: without it every server that a test starts would compile SGLang again
+INSTALL := $(if $(UV),$(UV) pip install --compile-bytecode --python $(BIN)/python,$(BIN)/python -m pip install)
 
 .PHONY: demo check test test-oldest compat compat-tests lint fuzz soak fidelity serving clean
 .DELETE_ON_ERROR:

@@ -325,10 +325,10 @@ def checked_publish(tables: DeviceTables, op: SelectOp, keep: torch.Tensor, temp
     "options",
     [
         {},
-        {"metric": "rkv"},
-        {"metric": "snapkv"},
-        {"policy": "streaming"},
-        {"max_tokens": 64},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in ({"metric": "rkv"}, {"metric": "snapkv"}, {"policy": "streaming"}, {"max_tokens": 64})
+        ),
         {"budget": "per_head"},
         {"remembered_weight": 0.7, "prior_weight": 0.1, "recent_tokens": 64},
         {"survivor_bits": 4, "remembered_weight": 0.7, "prior_weight": 0.1},
