@@ -22,6 +22,10 @@ from hardkv_sglang.engine import compat
 from hardkv_sglang.engine.arguments import refuse_unsupported
 from hardkv_sglang.engine.refusals.models import MODEL_REFUSALS, refused_model
 from hardkv_sglang.engine.refusals.server_flags import SERVER_REFUSALS, refused_server_flags
+from hardkv_sglang.engine.refusals.table import refusals_table
+from hardkv_sglang.generated import insert_generated
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "refusals.md"
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -355,3 +359,7 @@ def test_model_granite_without_mamba_is_accepted(tmp_path: Path) -> None:
 
 def test_model_table_is_covered() -> None:
     assert {row.name for row in MODEL_REFUSALS} == {name for name, _ in MODEL_CASES.values()}
+
+
+def test_the_document_is_generated() -> None:
+    assert insert_generated(DOCUMENT.read_text(), "refusals", refusals_table()) == DOCUMENT.read_text()
