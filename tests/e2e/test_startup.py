@@ -62,10 +62,12 @@ def test_a_model_with_latent_attention(tmp_path: Path) -> None:
 def test_a_release_that_nobody_has_reviewed(server_pool: ServerPool, unreviewed_release: Path) -> None:
     path = os.pathsep.join(filter(None, (str(unreviewed_release), os.environ.get("PYTHONPATH"))))
     server = server_pool.launch({**compressed(SHORT_INTERVALS), **TWO_LAYERS}, {"PYTHONPATH": path})
-    server.wait_ready()
-    (warning,) = [line for line in server.log_text().splitlines() if "was not reviewed" in line]
-    assert f"HARD-KV: sglang {unreviewed_release.name} was not reviewed; {OLDEST} to {NEWEST} were" in warning
-    assert "docs/design.md" in warning
-    decode(server, prompt_ids(40, seed=1), 200, rid="unreviewed")
-    assert report_of(server, "unreviewed")["select_events"] > 0
-    server.stop()
+    try:
+        server.wait_ready()
+        (warning,) = [line for line in server.log_text().splitlines() if "was not reviewed" in line]
+        assert f"HARD-KV: sglang {unreviewed_release.name} was not reviewed; {OLDEST} to {NEWEST} were" in warning
+        assert "docs/design.md" in warning
+        decode(server, prompt_ids(40, seed=1), 200, rid="unreviewed")
+        assert report_of(server, "unreviewed")["select_events"] > 0
+    finally:
+        server.stop()
